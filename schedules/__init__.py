@@ -1,0 +1,1 @@
+"""Sparse formats, operators and schedules."""
