@@ -8,9 +8,10 @@ the Winograd domain of one set of points is not sparse in that of another. It ne
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +70,7 @@ class Transform:
         return weight / np.sqrt(np.mean(weight**2))
 
 
-@lru_cache(maxsize=None)
+@cache
 def transform(m: int, r: int) -> Transform:
     """The Transform of F(m x m, r x r) for m in TILES and r in KERNELS.
 
@@ -89,23 +90,27 @@ def _cook_toom(m: int, r: int, points: tuple[Fraction, ...]) -> Transform:
     infinity_at = tuple(Fraction(int(j == m - 1)) for j in range(m))
     infinity_g = tuple(Fraction(int(j == r - 1)) for j in range(r))
     at_columns = [tuple(a**j for j in range(m)) for a in points] + [infinity_at]
-    g_rows = [tuple(a**j / (s * e) for j in range(r)) for a, s, e in zip(points, scales, signs)] + [infinity_g]
-    numerators = [_monic_with_roots(tuple(b for b in points if b != a)) + (Fraction(0),) for a in points]
-    bt_rows = [tuple(e * x for x in row) for e, row in zip(signs, numerators)] + [_monic_with_roots(points)]
-    return Transform(m, r, AT=tuple(zip(*at_columns)), G=tuple(g_rows), BT=tuple(bt_rows))
+    g_rows = [tuple(a**j / (s * e) for j in range(r)) for a, s, e in zip(points, scales, signs, strict=True)] + [
+        infinity_g
+    ]
+    numerators = [(*_monic_with_roots(tuple(b for b in points if b != a)), Fraction(0)) for a in points]
+    bt_rows = [tuple(e * x for x in row) for e, row in zip(signs, numerators, strict=True)] + [
+        _monic_with_roots(points)
+    ]
+    return Transform(m, r, AT=tuple(zip(*at_columns, strict=True)), G=tuple(g_rows), BT=tuple(bt_rows))
 
 
 def _monic_with_roots(roots: tuple[Fraction, ...]) -> tuple[Fraction, ...]:
     """Coefficients, lowest degree first, of the monic polynomial with these roots."""
-    coefficients = (Fraction(1),)
+    coefficients: tuple[Fraction, ...] = (Fraction(1),)
     for root in roots:
-        shifted = (Fraction(0),) + coefficients
-        scaled = tuple(-root * c for c in coefficients) + (Fraction(0),)
-        coefficients = tuple(a + b for a, b in zip(shifted, scaled))
+        shifted = (Fraction(0), *coefficients)
+        scaled = (*(-root * c for c in coefficients), Fraction(0))
+        coefficients = tuple(a + b for a, b in zip(shifted, scaled, strict=True))
     return coefficients
 
 
-def _product(factors) -> Fraction:
+def _product(factors: Iterable[Fraction]) -> Fraction:
     result = Fraction(1)
     for factor in factors:
         result *= factor
