@@ -1,0 +1,110 @@
+"""How much of a layer is computed at a time, chosen from its shape and the facts of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from .geometry import ConvGeometry
+from .layouts import PhaseLayout, direct_layout, winograd_layout
+
+_FLOAT = 4  # bytes
+
+
+class Cpu(Protocol):
+    """The part of targets.CpuFacts used here."""
+
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def l2(self) -> int: ...
+    @property
+    def accumulators(self) -> int: ...
+
+
+def direct_blocking(geometry: ConvGeometry, cpu: Cpu) -> PhaseLayout:
+    """The fewest blocks whose packed input takes at most half of L2; at least 4 rows where rows can be split."""
+    whole = direct_layout(geometry, geometry.out_height, geometry.out_width)
+
+    def fits(layout: PhaseLayout) -> bool:
+        return geometry.in_channels * layout.channel_size * _FLOAT <= cpu.l2 // 2
+
+    least_rows = min(4, geometry.out_height)
+    rows, cols = geometry.out_height, geometry.out_width
+    while rows > least_rows and not fits(direct_layout(geometry, rows, cols)):
+        rows = max(least_rows, -(-rows // 2))
+    while cols > 4 * cpu.lanes and not fits(direct_layout(geometry, rows, cols)):
+        cols = max(4 * cpu.lanes, -(-cols // 2))
+    layout = direct_layout(geometry, rows, cols)
+    return layout if layout.blocks != (1, 1) else whole
+
+
+def direct_panel(layout: PhaseLayout, cpu: Cpu) -> int:
+    """Output pixels to accumulate at once: the fewest panels, evenly filled."""
+    vectors = -(-layout.flat_positions // cpu.lanes)
+    panels = -(-vectors // cpu.accumulators)
+    return -(-vectors // panels) * cpu.lanes
+
+
+@dataclass(frozen=True)
+class WinogradBlocking:
+    """Tiles of a block.
+
+    Attributes:
+        layout: planes of the block; a position is a tile.
+        width: tile t of a block is tile (t // width, t % width); `width` - `layout.cols` of each row are waste.
+        panel: tiles accumulated at once, a multiple of the vector length.
+        panels: panels in a block.
+    """
+
+    layout: PhaseLayout
+    width: int
+    panel: int
+    panels: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles computed per block, waste included."""
+        return self.panel * self.panels
+
+
+def winograd_blocking(geometry: ConvGeometry, m: int, cpu: Cpu) -> WinogradBlocking:
+    """The cheapest blocking, by a rough count of cycles, whose transformed tiles stay in cache."""
+    return min(_winograd_candidates(geometry, m, cpu), key=lambda b: _winograd_cycles(b, geometry, m, cpu))
+
+
+def _winograd_candidates(geometry: ConvGeometry, m: int, cpu: Cpu) -> Iterator[WinogradBlocking]:
+    whole = winograd_layout(geometry, m, 1, 1)
+    grid_rows, grid_cols = whole.grid
+    widths = {-(-grid_cols // parts) for parts in range(1, 9)}
+    widths |= {cpu.lanes * i for i in range(1, 9) if cpu.lanes * i < grid_cols + cpu.lanes}
+    for cols in sorted(widths):
+        for rows in sorted({-(-grid_rows // parts) for parts in range(1, grid_rows + 1)}):
+            layout = replace(whole, rows=rows, cols=cols)
+            for width in sorted({cols, layout.plane[1]}):
+                tiles = (rows - 1) * width + cols
+                vectors = -(-tiles // cpu.lanes)
+                panels = -(-vectors // cpu.accumulators)
+                yield WinogradBlocking(layout, width, -(-vectors // panels) * cpu.lanes, panels)
+
+
+def _winograd_cycles(blocking: WinogradBlocking, geometry: ConvGeometry, m: int, cpu: Cpu) -> float:
+    """Rough cycles for the layer at 80 % sparsity. The constants are measured on AVX-512; only ratios matter."""
+    positions = (m + geometry.kernel[0] - 1) ** 2
+    down, across = blocking.layout.blocks
+    vectors = blocking.tiles // cpu.lanes
+    taps = 0.2 * positions * geometry.out_channels * geometry.in_channels / geometry.groups
+    per_panel = 1.5 + 0.55 * blocking.panel // cpu.lanes
+    products = taps * blocking.panels * per_panel
+    transforms = vectors * positions * (8 * geometry.in_channels + 5 * geometry.out_channels)
+    if _gathers(blocking, cpu):
+        transforms += vectors * positions * geometry.in_channels * cpu.lanes
+    working_set = positions * (geometry.in_channels + geometry.out_channels) * blocking.tiles * _FLOAT
+    spill = max(1.0, working_set / (0.6 * cpu.l2)) ** 0.5
+    return down * across * (products + transforms) * spill
+
+
+def _gathers(blocking: WinogradBlocking, cpu: Cpu) -> bool:
+    """Whether the tiles of a vector do not lie side by side in the planes."""
+    return blocking.width != blocking.layout.plane[1] and blocking.width % cpu.lanes != 0

@@ -1,0 +1,108 @@
+"""Sparse weight formats: compressed rows whose column index is what the kernel adds to an address.
+
+numpy only; the frontends and a machine without TVM can use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .geometry import ConvGeometry
+from .layouts import PhaseLayout
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """Rows of non-zeros.
+
+    Attributes:
+        values: float32, the non-zeros, row after row; zeros after the last one.
+        indices: int32, same length; where the non-zero's operand lies (its meaning is the packer's).
+        indptr: int32, rows + 1 long; row i is ``values[indptr[i]:indptr[i + 1]]`` and may be empty.
+    """
+
+    values: NDArray[np.float32]
+    indices: NDArray[np.int32]
+    indptr: NDArray[np.int32]
+
+    @property
+    def nonzeros(self) -> int:
+        return int(self.indptr[-1])
+
+
+def pack_direct(weight: NDArray[np.floating], geometry: ConvGeometry, layout: PhaseLayout) -> SparseRows:
+    """Rows are output channels; an index is the offset of the tap in the packed planes of all channels of a block.
+
+    So the index is the offset into a padded image, as in SkimCaffe (Park et al., "Faster CNNs with direct sparse
+    convolutions and guided pruning", ICLR 2017), and stride, dilation, padding and groups cost nothing in the kernel.
+
+    Args:
+        weight: (K, C / groups, kh, kw).
+    """
+    _check_shape(weight, geometry.weight_shape)
+    out_channel, channel, row, col = np.nonzero(weight)
+    taps = np.array(
+        [
+            [layout.tap(r * geometry.dilation[0], c * geometry.dilation[1]) for c in range(geometry.kernel[1])]
+            for r in range(geometry.kernel[0])
+        ],
+        np.int64,
+    )
+    offsets = _whole_channel(geometry, out_channel, channel) * layout.channel_size + taps[row, col]
+    values = weight[out_channel, channel, row, col]
+    return _rows(values, offsets, np.bincount(out_channel, minlength=geometry.out_channels))
+
+
+def pack_winograd(winograd_weight: NDArray[np.floating], geometry: ConvGeometry) -> SparseRows:
+    """Rows are (tile position, output channel), position first; an index is an input channel.
+
+    Args:
+        winograd_weight: (K, C / groups, n, n).
+    """
+    _check_shape(winograd_weight, (*geometry.weight_shape[:2], *winograd_weight.shape[2:]))
+    by_position = winograd_weight.transpose(2, 3, 0, 1)
+    positions = by_position.shape[0] * by_position.shape[1]
+    u, v, out_channel, channel = np.nonzero(by_position)
+    row = (u * by_position.shape[1] + v) * geometry.out_channels + out_channel
+    return _rows(
+        by_position[u, v, out_channel, channel],
+        _whole_channel(geometry, out_channel, channel),
+        np.bincount(row, minlength=positions * geometry.out_channels),
+    )
+
+
+def _check_shape(weight: NDArray[np.floating], expected: tuple[int, ...]) -> None:
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, the geometry says {expected}")
+
+
+def _whole_channel(
+    geometry: ConvGeometry, out_channel: NDArray[np.intp], channel: NDArray[np.intp]
+) -> NDArray[np.int64]:
+    """Number of the input channel among all groups."""
+    group = out_channel // (geometry.out_channels // geometry.groups)
+    return (group * (geometry.in_channels // geometry.groups) + channel).astype(np.int64)
+
+
+def _rows(values: NDArray[np.floating], indices: NDArray[np.int64], counts: NDArray[np.intp]) -> SparseRows:
+    if len(indices) and int(indices.max()) > np.iinfo(np.int32).max:
+        raise ValueError("offsets exceed 31 bits: the packed input of one block is larger than 8 GB")
+    length = _storage_length(len(values))
+    stored_values = np.zeros(length, np.float32)
+    stored_indices = np.zeros(length, np.int32)
+    stored_values[: len(values)] = values
+    stored_indices[: len(indices)] = indices
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return SparseRows(stored_values, stored_indices, indptr)
+
+
+def _storage_length(nonzeros: int) -> int:
+    """Length to store, at most 1/8 more.
+
+    The length is part of a kernel's type. Rounded, layers of equal shape and like sparsity share one compiled kernel.
+    """
+    granule = 1 << max(4, nonzeros.bit_length() - 4)
+    return -(-max(nonzeros, 1) // granule) * granule

@@ -1,0 +1,65 @@
+"""Make TVM 0.19 generate code for float and vector `let`s with LLVM 21 and newer.
+
+TVM describes every `let` variable to the debugger with ``llvm.dbg.declare``, which asks for an address; newer LLVM
+rejects the module when the variable is a float or a vector ("location of #dbg_declare must be a pointer or int").
+TVM's common subexpression elimination makes such variables out of any kernel. The debug information is of no use
+here, so the function that attaches it, ``CodeGenLLVM::AddDebugInformation(llvm::Value*, const tir::Var&,
+llvm::Instruction*)``, is made to return at once, in this process. Nothing on disk is touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import platform
+
+import tvm
+from tvm._ffi.base import _LIB
+
+_SYMBOL = "_ZN3tvm7codegen11CodeGenLLVM19AddDebugInformationEPN4llvm5ValueERKNS_3tir3VarEPNS2_11InstructionE"
+_TVM_VERSION = "0.19.0"
+_FIRST_BAD_LLVM = 19
+_RETURN = {"x86_64": b"\xc3", "aarch64": b"\xc0\x03\x5f\xd6", "arm64": b"\xc0\x03\x5f\xd6"}
+_applied = False
+
+
+def needed() -> bool:
+    """Whether this TVM and this LLVM disagree on debug information."""
+    if not tvm.__version__.startswith(_TVM_VERSION) or tvm.get_global_func("target.llvm_version_major", True) is None:
+        return False
+    return tvm.target.codegen.llvm_version_major() >= _FIRST_BAD_LLVM
+
+
+def apply() -> bool:
+    """Disarm the function in this process, once; True if it is disarmed.
+
+    False, with nothing changed, when it is not needed, when the library does not export the function, on a processor
+    that is not known here, or when the system forbids changing code.
+    """
+    global _applied
+    if not _applied:
+        _applied = needed() and _return_at_once(_SYMBOL)
+    return _applied
+
+
+def _return_at_once(symbol: str) -> bool:
+    code = _RETURN.get(platform.machine())
+    try:
+        address = ctypes.cast(getattr(_LIB, symbol), ctypes.c_void_p).value
+    except AttributeError:
+        return False
+    if code is None or address is None:
+        return False
+    return _write_code(address, code)
+
+
+def _write_code(address: int, code: bytes) -> bool:
+    libc = ctypes.PyDLL(None)  # keeps the interpreter lock: no other Python thread compiles meanwhile
+    start = address - address % mmap.PAGESIZE
+    end = -(-(address + len(code)) // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
+    # Never writable and executable at once; making pages executable again is also what renews the instruction cache.
+    if libc.mprotect(*pages, mmap.PROT_READ | mmap.PROT_WRITE) != 0:
+        return False
+    ctypes.memmove(address, code, len(code))
+    return libc.mprotect(*pages, mmap.PROT_READ | mmap.PROT_EXEC) == 0
