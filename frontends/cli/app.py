@@ -1,0 +1,181 @@
+"""The commands and their arguments. Each calls one function of ``jointsparse.frontends`` and prints what it returns."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import console, texts, views
+
+app = typer.Typer(
+    name="jointsparse",
+    help=texts.APP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", callback=console.set_verbose, help=texts.VERBOSE)]
+Json = Annotated[bool, typer.Option("--json", help=texts.JSON)]
+
+
+class Domain(str, Enum):
+    """Choices of --domain."""
+
+    auto = "auto"
+    spatial = "spatial"
+    winograd = "winograd"
+    dense = "dense"
+
+
+class FillMode(str, Enum):
+    """Choices of --fill-mode."""
+
+    random = "random"
+    zeros = "zeros"
+    ones = "ones"
+
+
+def main() -> None:
+    """Entry point: run the command and turn failures into one line and an exit code."""
+    try:
+        app()
+    except Exception as error:
+        console.report(error)
+        sys.exit(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"jointsparse {version('jointsparse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    verbose: Verbose = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help=texts.VERSION)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(help=texts.DEMO)
+def demo(
+    output: Annotated[Path, typer.Option("--output", help=texts.OUTPUT_DIR)] = Path("demo-output"),
+    verbose: Verbose = False,
+) -> None:
+    from ..demo import run_demo
+
+    console.quieten_tvm()
+    with console.stages() as progress:
+        result = run_demo(output, progress=progress)
+    views.show_demo(result)
+
+
+@app.command(help=texts.TRAIN)
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=texts.RECIPE)],
+    data: Annotated[Path, typer.Option("--data", help=texts.DATA)] = Path("data"),
+    output: Annotated[Path, typer.Option("--output", help=texts.OUTPUT_DIR)] = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help=texts.RESUME)] = False,
+    weights: Annotated[Path | None, typer.Option("--weights", help=texts.WEIGHTS)] = None,
+    verbose: Verbose = False,
+) -> None:
+    from ..shipped import find_recipe
+    from ..training import train
+
+    results = train(find_recipe(recipe), data, output, resume, weights=weights)
+    views.show_training(results, output)
+
+
+@app.command(help=texts.INSPECT)
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help=texts.JSM)],
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    from .. import inspect
+
+    views.show_file(inspect(model), json)
+
+
+@app.command(help=texts.DECOMPRESS)
+def decompress(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help=texts.JSM)],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="MODEL.onnx", help=texts.OUTPUT_FILE)],
+    verbose: Verbose = False,
+) -> None:
+    from .. import decompress
+
+    decompress(model, output)
+
+
+@app.command(help=texts.COMPILE)
+def compile(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help=texts.MODEL_TO_COMPILE)],
+    target: Annotated[str, typer.Option("--target", help=texts.TARGET)],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="PACKAGE.tar", help=texts.OUTPUT_FILE)],
+    cross_compiler: Annotated[str | None, typer.Option("--cross-compiler", help=texts.CROSS_COMPILER)] = None,
+    domain: Annotated[Domain, typer.Option("--domain", help=texts.DOMAIN)] = Domain.auto,
+    winograd_sparsity: Annotated[
+        float, typer.Option("--winograd-sparsity", min=0.0, max=1.0, help=texts.COMPILE_WINOGRAD_SPARSITY)
+    ] = 0.0,
+    tuning_records: Annotated[Path | None, typer.Option("--tuning-records", help=texts.TUNING_RECORDS)] = None,
+    explain: Annotated[bool, typer.Option("--explain", help=texts.EXPLAIN)] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    from ..compiling import compile_model
+
+    console.quieten_tvm()
+    with console.stages() as progress:
+        plan = compile_model(
+            model,
+            target,
+            output,
+            domain=domain.value,
+            winograd_sparsity=winograd_sparsity,
+            cross_compiler=cross_compiler,
+            tuning_records=tuning_records,
+            progress=progress,
+        )
+    views.show_plan(plan, output, explain=explain, json=json)
+
+
+@app.command(help=texts.RUN)
+def run(
+    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help=texts.PACKAGE)],
+    inputs: Annotated[Path | None, typer.Option("-i", "--inputs", metavar="IN.npz", help=texts.INPUTS)] = None,
+    outputs: Annotated[Path | None, typer.Option("-o", "--outputs", metavar="OUT.npz", help=texts.OUTPUTS)] = None,
+    fill_mode: Annotated[FillMode, typer.Option("--fill-mode", help=texts.FILL_MODE)] = FillMode.random,
+    print_time: Annotated[bool, typer.Option("--print-time", help=texts.PRINT_TIME)] = False,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, metavar="N", help=texts.REPEAT)] = 1,
+    number: Annotated[int, typer.Option("--number", min=1, metavar="N", help=texts.NUMBER)] = 1,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    from ..outputs import check_output
+    from ..running import read_inputs, run_package, write_outputs
+
+    console.quieten_tvm()
+    if outputs:
+        check_output(outputs)
+    result = run_package(
+        package,
+        read_inputs(inputs) if inputs else None,
+        fill_mode=fill_mode.value,
+        time=print_time,
+        repeat=repeat,
+        number=number,
+    )
+    if outputs:
+        write_outputs(result.outputs, outputs)
+    views.show_run(result, outputs, json)

@@ -1,0 +1,50 @@
+"""Every help text of the command line."""
+
+APP = """Train, compress and deploy CNNs that are sparse in the spatial and in the Winograd domain at once.
+
+Exit codes: 0 done; 1 the input or the environment is at fault, one line on standard error says what; 2 wrong usage."""
+
+DEMO = "Fine-tune, compress, compile and run CT-SRCNN on photographs; prints one table. About five minutes."
+TRAIN = "Train by a recipe; leaves the weights and the measured results in a folder."
+COMPRESS = "Prune, quantise and code a model into one .jsm file."
+DECOMPRESS = "Turn a .jsm file into ONNX."
+INSPECT = "Say what a .jsm file holds: per layer, shape, sparsity in both domains, bits per weight, bytes."
+COMPILE = "Compile a .jsm or .onnx model into TVM's package format; tvmc run takes it too."
+RUN = "Run a compiled package on this machine."
+
+VERBOSE = "Show the traceback of a failure, and what TVM logs."
+VERSION = "Print the version and stop."
+JSON = "Print JSON on standard output and nothing else there; docs/cli.md lists the keys."
+OUTPUT_DIR = "Folder for the results, made where missing."
+OUTPUT_FILE = "File to write; replaced only when the work has succeeded."
+
+RECIPE = "A recipe in TOML, or the name of one that ships with the package."
+DATA = "Folder or archive with the data that the recipe names."
+RESUME = "Go on from the last checkpoint in the output folder."
+WEIGHTS = "Weights to start from, a safetensors state dict."
+
+MODEL_TO_COMPRESS = "Model to compress: .onnx, .safetensors or .pt."
+SPATIAL_SPARSITY = "Share of the weights to prune in the spatial domain, by magnitude."
+WINOGRAD_SPARSITY = "Share of the weights to prune in the Winograd domain; fixes the threshold that the file carries."
+STEP = "Quantisation step; without --step or --bits the weights are kept exactly."
+BITS = "Quantise each layer with the step that spreads its weights over 2^B levels."
+DITHER = "Quantise with a dither known to the decoder, so that the error does not depend on the weights."
+
+JSM = "A .jsm file."
+MODEL_TO_COMPILE = "Model to compile: .jsm or .onnx."
+TARGET = "TVM target: a string such as 'llvm -mcpu=skylake-avx512', inline JSON, or the path of a JSON file."
+CROSS_COMPILER = "C++ compiler that links for the target, such as aarch64-linux-gnu-g++."
+DOMAIN = "Where zeros are used: the faster of both per layer (auto), one domain only, or nowhere (dense)."
+COMPILE_WINOGRAD_SPARSITY = (
+    "Share to prune in the Winograd domain of a model that carries no threshold; 0 prunes nothing."
+)
+TUNING_RECORDS = "Log of auto_scheduler or AutoTVM to apply."
+EXPLAIN = "Print for every convolution the kernel chosen, its cost and the reason."
+
+PACKAGE = "A package made by jointsparse compile or tvmc compile."
+INPUTS = ".npz file with the inputs by name; those missing are filled."
+OUTPUTS = ".npz file to write the outputs to."
+FILL_MODE = "How to fill inputs that are not given."
+PRINT_TIME = "Measure and print the time of a run."
+REPEAT = "Measurements to take, with --print-time."
+NUMBER = "Runs to average in each measurement, with --print-time."

@@ -1,0 +1,127 @@
+"""From a model file to TVM's package: read, choose kernels, build, link."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .outputs import check_output, replacing
+from .target_strings import find_compiler, parse_target
+
+if TYPE_CHECKING:
+    from ..passes.plan import Plan
+
+DOMAINS = ("auto", "spatial", "winograd", "dense")
+
+
+def compile_model(
+    model: Path,
+    target: str,
+    output: Path,
+    *,
+    domain: str = "auto",
+    winograd_sparsity: float = 0.0,
+    cross_compiler: str | None = None,
+    tuning_records: Path | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Plan:
+    """Compile a .jsm or .onnx file for `target` into `output`, a package that ``tvmc run`` runs too.
+
+    Args:
+        model: a .jsm or .onnx file. target: as ``target_strings.parse_target`` takes it.
+        output: the PACKAGE.tar to write.
+        domain: where the zeros are used: one of DOMAINS.
+        winograd_sparsity: share in [0, 1) of Winograd weights to prune in a model that carries no threshold.
+        cross_compiler: C++ compiler that links for a foreign target.
+        tuning_records: a log of auto_scheduler or AutoTVM, applied while building.
+        progress: told the name of each stage as it starts.
+
+    Returns:
+        what was decided for every convolution.
+
+    Raises:
+        InputError: for a bad model, target, compiler, log or output.
+    """
+    check_output(output)
+    tvm_target = parse_target(target)
+    compiler = find_compiler(tvm_target, cross_compiler)
+    progress(f"reading {model}")
+    mod, params = read_model(model)
+
+    # After reading, so that a missing or broken file is reported in no time.
+    import tvm
+    from tvm.driver.tvmc.model import TVMCModel
+
+    from .. import passes
+
+    progress("choosing a kernel for every convolution")
+    mod, params, plan = passes.sparsify(mod, params, tvm_target, domain, winograd_sparsity=winograd_sparsity)
+    progress(f"building {len(plan)} convolutions for {tvm_target}")
+    with _records(tuning_records) as config, tvm.transform.PassContext(opt_level=3, config=config):
+        library = tvm.relay.build(mod, target=tvm_target, params=params)
+    progress("linking")
+    with replacing(output) as temporary:
+        try:
+            TVMCModel(mod, params).export_package(library, str(temporary), cross=compiler)
+        except RuntimeError as error:  # the compiler's own output
+            raise InputError(
+                f"{compiler or 'the C++ compiler'} could not link the library: {_first_line(error)}"
+            ) from error
+    return plan
+
+
+def read_model(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Relay module and parameters of a .jsm or .onnx file.
+
+    Raises:
+        InputError: if it is neither, or is broken.
+    """
+    from . import from_onnx, load
+
+    readers = {".jsm": load, ".onnx": from_onnx}
+    if path.suffix not in readers:
+        raise InputError(f"{path}: not a .jsm or .onnx file; export the model to ONNX or compress it first")
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
+    return readers[path.suffix](path)
+
+
+@contextmanager
+def _records(log: Path | None) -> Iterator[dict[str, Any]]:
+    """Apply a tuning log, of either of TVM's tuners, and yield the build options that it needs."""
+    if log is None:
+        yield {}
+        return
+    from tvm import auto_scheduler, autotvm
+
+    if not log.is_file():
+        raise InputError(f"{log}: there is no such tuning log")
+    if _readable(lambda: list(auto_scheduler.RecordReader(str(log)))):
+        with auto_scheduler.ApplyHistoryBest(str(log)):
+            yield {"relay.backend.use_auto_scheduler": True}
+    elif _readable(lambda: list(autotvm.record.load_from_file(str(log)))):
+        with autotvm.apply_history_best(str(log)):
+            yield {}
+    else:
+        raise InputError(f"{log}: holds no records of auto_scheduler or AutoTVM")
+
+
+def _readable(read: Callable[[], list[Any]]) -> bool:
+    logger = logging.getLogger("autotvm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return bool(read())
+    except Exception:  # what a parser raises at another tuner's lines is not documented
+        return False
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if "error" in line.lower()]
+    return (lines or str(error).splitlines() or ["no message"])[0].strip()
