@@ -1,1 +1,32 @@
-"""Relay to Relay."""
+"""Relay to Relay: which convolutions become sparse, with which kernel, and why.
+
+``sparsify`` is the whole way (``pipeline.py`` reads as its table of contents); every pass in it is usable alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .costs import CostModel, LinearCostModel
+    from .pipeline import sparsify
+    from .plan import LayerPlan, Plan
+
+__all__ = ["CostModel", "LayerPlan", "LinearCostModel", "Plan", "sparsify"]
+
+_HOME = {
+    "CostModel": "costs",
+    "LayerPlan": "plan",
+    "LinearCostModel": "costs",
+    "Plan": "plan",
+    "sparsify": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that a plan is readable where there is no TVM."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,183 @@
+"""What each kernel would cost for a layer: an interface, and a linear model calibrated by measurement.
+
+The model counts what a kernel does (vector multiply-adds, packed pixels, transformed tiles, ...) from the very blocking
+that the schedules use, and multiplies each count by nanoseconds. ``benchmarks/calibrate_costs.py`` measures the kernels
+on a machine, fits the nanoseconds and prints the table below.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol
+
+import tvm
+
+from ..schedules.blocking import direct_blocking, direct_panel, winograd_blocking
+from ..schedules.geometry import ConvGeometry
+from ..schedules.targets import CpuFacts, cpu_facts
+from .plan import DENSE, DIRECT, TILE
+
+
+class CostModel(Protocol):
+    """Whatever predicts, or remembers, how long a kernel takes."""
+
+    def cost(self, kernel: str, geometry: ConvGeometry, nonzeros: int, target: tvm.target.Target) -> float:
+        """Seconds of one run on one thread; must not fall as ``nonzeros`` grows.
+
+        Args:
+            kernel: ``dense``, ``direct``, ``winograd_f2`` or ``winograd_f4``.
+            geometry: a layer that the kernel supports.
+            nonzeros: weights that the kernel multiplies by; for ``dense`` all of them.
+            target: what the layer is built for.
+        """
+        ...
+
+
+def break_even_sparsity(
+    model: CostModel, kernel: str, geometry: ConvGeometry, weights: int, dense_cost: float, target: tvm.target.Target
+) -> float | None:
+    """The least sparsity at which ``kernel`` costs no more than ``dense_cost`` seconds; None if it always costs more.
+
+    Args:
+        weights: of the kernel's own domain, zeros included.
+    """
+    affordable = bisect_right(
+        range(weights + 1), dense_cost, key=lambda nonzeros: model.cost(kernel, geometry, nonzeros, target)
+    )
+    return None if affordable == 0 else 1 - (affordable - 1) / weights
+
+
+Coefficients = Mapping[str, Mapping[str, float]]
+"""By kind of kernel, nanoseconds by what is counted (see ``counts``)."""
+
+# Printed by benchmarks/calibrate_costs.py; see there for the layers measured.
+FAMILIES: Mapping[str, Coefficients] = {
+    "avx512": {
+        "dense": {"macs": 0.012, "outputs": 0.3, "fixed": 2000.0},
+        "dense_1x1": {"macs": 0.012, "outputs": 0.3, "fixed": 2000.0},
+        "dense_grouped": {"macs": 0.05, "outputs": 0.3, "fixed": 2000.0},
+        "depthwise": {"macs": 0.1, "outputs": 0.3, "fixed": 2000.0},
+        "direct": {"vectors": 0.5, "entries": 1.0, "packed": 0.3, "outputs": 0.1, "fixed": 2000.0},
+        "winograd_f2": {"vectors": 0.5, "entries": 1.0, "inputs": 5.0, "outputs": 5.0, "fixed": 2000.0},
+        "winograd_f4": {"vectors": 0.5, "entries": 1.0, "inputs": 5.0, "outputs": 5.0, "fixed": 2000.0},
+    },
+}
+
+
+@dataclass(frozen=True)
+class LinearCostModel:
+    """Sum over what a kernel does of count times nanoseconds.
+
+    Attributes:
+        families: coefficients by family of CPUs; a family without its own takes those of the nearest.
+    """
+
+    families: Mapping[str, Coefficients] = field(default_factory=lambda: FAMILIES)
+
+    def cost(self, kernel: str, geometry: ConvGeometry, nonzeros: int, target: tvm.target.Target) -> float:
+        cpu = cpu_facts(target)
+        coefficients = self.families[family(cpu, self.families)][kind(kernel, geometry)]
+        amounts = counts(kernel, geometry, nonzeros, cpu)
+        return 1e-9 * sum(nanoseconds * amounts[name] for name, nanoseconds in coefficients.items())
+
+
+# The families that stand in for one that nobody has measured, the nearest first.
+_FAMILIES = {(16, 32): ("avx512", "avx2"), (8, 16): ("avx2", "avx512"), (4, 32): ("neon", "sse", "avx2", "avx512")}
+_OTHER_FAMILIES = ("sse", "avx2", "avx512")
+
+
+def family(cpu: CpuFacts, families: Mapping[str, Coefficients]) -> str:
+    """Name of the coefficients for a CPU. Counts are of vectors, so that a stand-in still knows the vector length."""
+    names = _FAMILIES.get((cpu.lanes, cpu.registers), _OTHER_FAMILIES)
+    return next(name for name in names if name in families)
+
+
+def kind(kernel: str, geometry: ConvGeometry) -> str:
+    """Key of the coefficients for a layer: TVM has several dense convolutions, of very different speed."""
+    if kernel != DENSE:
+        return kernel
+    if geometry.groups > 1:
+        return "depthwise" if geometry.groups == geometry.in_channels else "dense_grouped"
+    return "dense_1x1" if geometry.kernel == (1, 1) else "dense"
+
+
+def counts(kernel: str, geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts) -> dict[str, float]:
+    """How often a kernel does what, waste at the edges of blocks included.
+
+    Returns:
+        ``macs`` (dense), ``vectors`` (vector multiply-adds by non-zeros), ``entries`` (non-zeros read), ``rows``
+        (filter rows begun), ``packed`` (pixels packed), ``inputs`` and ``outputs`` (elements; for Winograd vectors of
+        tile elements transformed), ``weights`` (dense, elements read), ``fixed`` (1).
+    """
+    if kernel == DENSE:
+        return _dense_counts(geometry)
+    work = _direct_work(geometry, cpu) if kernel == DIRECT else _winograd_work(geometry, TILE[kernel], cpu)
+    return {
+        "vectors": nonzeros * work.panels * work.panel_vectors,
+        "entries": nonzeros * work.panels,
+        "rows": work.rows * work.panels,
+        "packed": work.packed,
+        "inputs": work.inputs,
+        "outputs": work.outputs,
+        "fixed": 1,
+    }
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Of one run, non-zeros apart. panels: how often each non-zero is read. panel_vectors: what it then multiplies."""
+
+    panels: int
+    panel_vectors: int
+    rows: int
+    packed: int
+    inputs: int
+    outputs: int
+
+
+def _dense_counts(geometry: ConvGeometry) -> dict[str, float]:
+    out_channels, channels, height, width = geometry.weight_shape
+    pixels = geometry.batch * geometry.out_height * geometry.out_width
+    return {
+        "macs": geometry.macs,
+        "inputs": geometry.batch * geometry.in_channels * geometry.in_height * geometry.in_width,
+        "outputs": pixels * out_channels,
+        "weights": out_channels * channels * height * width,
+        "fixed": 1,
+    }
+
+
+@lru_cache(maxsize=4096)
+def _direct_work(geometry: ConvGeometry, cpu: CpuFacts) -> _Work:
+    layout = direct_blocking(geometry, cpu)
+    panel = direct_panel(layout, cpu)
+    blocks = geometry.batch * layout.blocks[0] * layout.blocks[1]
+    packed = blocks * geometry.in_channels * layout.channel_size
+    outputs = geometry.batch * geometry.out_channels * geometry.out_height * geometry.out_width
+    return _Work(
+        panels=blocks * -(-layout.flat_positions // panel),
+        panel_vectors=panel // cpu.lanes,
+        rows=geometry.out_channels,
+        packed=packed,
+        inputs=packed,
+        outputs=outputs,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _winograd_work(geometry: ConvGeometry, tile: int, cpu: CpuFacts) -> _Work:
+    blocking = winograd_blocking(geometry, tile, cpu)
+    blocks = geometry.batch * blocking.layout.blocks[0] * blocking.layout.blocks[1]
+    positions = (tile + geometry.kernel[0] - 1) ** 2
+    vectors = blocks * -(-blocking.tiles // cpu.lanes) * positions
+    return _Work(
+        panels=blocks * blocking.panels,
+        panel_vectors=blocking.panel // cpu.lanes,
+        rows=geometry.out_channels * positions,
+        packed=blocks * geometry.in_channels * blocking.layout.channel_size,
+        inputs=vectors * geometry.in_channels,
+        outputs=vectors * geometry.out_channels,
+    )

@@ -1,0 +1,136 @@
+"""What the passes know of each convolution while they work; ``plan.py`` is what they tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..schedules.geometry import ConvGeometry
+from .plan import DENSE, DIRECT, TILE, LayerPlan, Plan
+from .winograd_pruning import WinogradThreshold
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The constant filters of a convolution, (K, C / groups, kh, kw).
+
+    Attributes:
+        stored: as in the model's parameters; what a Winograd threshold of the file speaks of.
+        scale: broadcasts to ``stored``; what the canonical form multiplied it by (BatchNorm folded), else 1.
+        parameter: the parameter's name, None for a constant.
+    """
+
+    stored: NDArray[np.float32]
+    scale: NDArray[np.float64]
+    parameter: str | None
+
+    @property
+    def value(self) -> NDArray[np.float32]:
+        """What the convolution multiplies by."""
+        return (self.stored * self.scale).astype(np.float32)
+
+    def winograd(self, pruning: WinogradThreshold) -> NDArray[np.float32]:
+        """Winograd weights (K, C / groups, n, n), pruned as stored and scaled afterwards."""
+        return (pruning.weights(self.stored) * self.scale).astype(np.float32)
+
+
+@dataclass
+class Layer:
+    """One convolution; each pass fills in what it finds out.
+
+    Attributes:
+        name, op: as in LayerPlan.
+        input_shape, weight_shape, output_shape: where they are static.
+        geometry, weight: None only where ``left_alone`` is set.
+        spatial_sparsity: share of zero weights, where there are weights at hand.
+        left_alone: why the passes cannot change this layer, whatever the cost (CollectConvolutions).
+        unsupported: why single kernels cannot (CollectConvolutions, PruneWinograd).
+        pruning: by Winograd kernel supported, which of its weights are zero (PruneWinograd).
+        nonzeros: by kernel supported, how many weights it multiplies by (ChooseKernels).
+        costs: by kernel supported, seconds (ChooseKernels). break_even: as in LayerPlan.
+        kernel, reason: the choice (ChooseKernels; what is there already of a layer left alone).
+    """
+
+    name: str
+    op: str
+    input_shape: tuple[int, ...] | None = None
+    weight_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
+    geometry: ConvGeometry | None = None
+    weight: Weight | None = None
+    spatial_sparsity: float | None = None
+    left_alone: str | None = None
+    unsupported: dict[str, str] = field(default_factory=dict)
+    pruning: dict[str, WinogradThreshold] = field(default_factory=dict)
+    nonzeros: dict[str, int] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+    break_even: dict[str, float] = field(default_factory=dict)
+    kernel: str = DENSE
+    reason: str = ""
+
+    def sparse_weight(self, kernel: str) -> NDArray[np.float32]:
+        """What a sparse kernel multiplies by: filters for direct, Winograd weights for Winograd."""
+        assert self.weight is not None
+        return self.weight.value if kernel == DIRECT else self.weight.winograd(self.pruning[kernel])
+
+    def sparsity(self, kernel: str) -> float:
+        """Share of zeros among the weights of ``kernel``."""
+        return 1 - self.nonzeros[kernel] / self.weights(kernel)
+
+    def weights(self, kernel: str) -> int:
+        """How many weights ``kernel`` has, zeros included."""
+        assert self.geometry is not None
+        out_channels, channels, height, width = self.geometry.weight_shape
+        if kernel not in TILE:
+            return out_channels * channels * height * width
+        return out_channels * channels * (TILE[kernel] + height - 1) * (TILE[kernel] + width - 1)
+
+    def multiplications(self, kernel: str) -> int:
+        """Of one run; sparse kernels skip zeros, Winograd counts the products and not the transforms."""
+        assert self.geometry is not None
+        geometry, tile = self.geometry, TILE.get(kernel, 1)
+        places = -(-geometry.out_height // tile) * -(-geometry.out_width // tile)
+        return geometry.batch * places * self.nonzeros[kernel]
+
+    def plan(self) -> LayerPlan:
+        """The record for the user."""
+        geometry = self.geometry
+        known = self.nonzeros
+        return LayerPlan(
+            name=self.name,
+            op=self.op,
+            kernel=self.kernel,
+            reason=self.reason,
+            input_shape=self.input_shape,
+            weight_shape=self.weight_shape,
+            output_shape=self.output_shape,
+            strides=geometry and geometry.strides,
+            padding=geometry and geometry.padding,
+            dilation=geometry and geometry.dilation,
+            groups=geometry and geometry.groups,
+            spatial_sparsity=self.spatial_sparsity,
+            winograd_sparsity={kernel: self.sparsity(kernel) for kernel in known if kernel in TILE},
+            costs={kernel: 1e3 * seconds for kernel, seconds in self.costs.items()},
+            break_even=dict(self.break_even),
+            unsupported=dict(self.unsupported),
+            multiplications=self.multiplications(self.kernel) if self.kernel in known else None,
+        )
+
+
+@dataclass
+class Worklist:
+    """The convolutions of one module, handed from pass to pass.
+
+    Attributes:
+        layers: in the order of ``find_convolutions``, by which RewriteConvolutions finds them again.
+        warnings: lines for the user.
+    """
+
+    layers: list[Layer] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def plan(self, target: str, domain: str) -> Plan:
+        """The record for the user."""
+        return Plan(target, domain, tuple(layer.plan() for layer in self.layers), tuple(self.warnings))

@@ -1,0 +1,97 @@
+"""Decide which Winograd weights are zero: by the thresholds the model carries, or by a share of all of them."""
+
+from __future__ import annotations
+
+import tvm
+
+from .layers import Layer, Worklist
+from .plan import TILE, WINOGRAD
+from .winograd_pruning import ATTRIBUTE, WinogradThreshold, global_threshold, parse_thresholds
+
+
+@tvm.transform.module_pass(opt_level=0, name="PruneWinograd")
+class PruneWinograd:
+    """Give every layer within Winograd's reach its pruning, by kernel; the module loses the attribute so used up.
+
+    A layer named in the module attribute is computed with the tile size given there only: tile size and threshold
+    belong together. Other layers may use every tile size; by ``sparsity`` their smallest weights are pruned, with one
+    threshold for all layers together (for each tile size, as magnitudes of two tile sizes do not compare).
+
+    Args:
+        worklist: as CollectConvolutions left it.
+        sparsity: share of Winograd weights to prune, in [0, 1); 0 prunes nothing, so that the result equals dense
+            convolution.
+        tile: allow this output tile size only, 2 or 4; None for both.
+        weighted: magnitudes count by ``Transform.importance()``.
+
+    Raises:
+        ValueError: for a malformed attribute, and for a sparsity where the model carries thresholds of its own.
+    """
+
+    def __init__(
+        self, worklist: Worklist, sparsity: float = 0.0, *, tile: int | None = None, weighted: bool = True
+    ) -> None:
+        self.worklist = worklist
+        self.sparsity = sparsity
+        self.tile = tile
+        self.weighted = weighted
+
+    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        attribute = mod.get_attr(ATTRIBUTE)
+        thresholds = parse_thresholds(str(attribute)) if attribute is not None else {}
+        if thresholds and self.sparsity > 0:
+            raise ValueError(
+                f"the model carries Winograd thresholds of its own (for {len(thresholds)} weights): "
+                "leave winograd_sparsity at 0"
+            )
+        self._warn_of_unknown(thresholds)
+        for layer in self.worklist.layers:
+            if layer.left_alone is None:
+                self._allow(layer, thresholds.get(layer.weight.parameter or "") if layer.weight else None)
+        if self.sparsity > 0:
+            self._prune_globally()
+        return mod if attribute is None else mod.without_attr(ATTRIBUTE)
+
+    def _allow(self, layer: Layer, threshold: WinogradThreshold | None) -> None:
+        """Enter the tile sizes that this layer may be computed with."""
+        for tile, kernel in WINOGRAD.items():
+            if kernel in layer.unsupported:
+                continue
+            reason = self._why_not(layer, tile, threshold)
+            if reason is not None:
+                layer.unsupported[kernel] = reason
+            else:
+                layer.pruning[kernel] = threshold or WinogradThreshold(tile, weighted=self.weighted)
+
+    def _why_not(self, layer: Layer, tile: int, threshold: WinogradThreshold | None) -> str | None:
+        assert layer.weight is not None
+        if threshold is not None and threshold.tile != tile:
+            return f"the model's Winograd threshold is for tile size {threshold.tile}"
+        if threshold is not None and len(threshold.threshold) not in (1, layer.weight.stored.shape[0]):
+            raise ValueError(
+                f"module attribute {ATTRIBUTE}, weight {layer.weight.parameter!r}: {len(threshold.threshold)} "
+                f"thresholds for {layer.weight.stored.shape[0]} output channels"
+            )
+        if threshold is not None and layer.weight.scale.shape[2:] != (1, 1):
+            return "the weights are scaled within a filter: the model's Winograd threshold does not follow"
+        if self.tile not in (None, tile):
+            return f"tile size {self.tile} asked for"
+        return None
+
+    def _prune_globally(self) -> None:
+        for kernel, tile in TILE.items():
+            layers = [layer for layer in self.worklist.layers if kernel in layer.pruning]
+            weights = [layer.weight.value for layer in layers if layer.weight is not None]
+            threshold = global_threshold(weights, tile, self.sparsity, self.weighted)
+            for layer in layers:
+                layer.pruning[kernel] = WinogradThreshold(tile, (threshold,), self.weighted)
+
+    def _warn_of_unknown(self, thresholds: dict[str, WinogradThreshold]) -> None:
+        """A threshold that finds no weight would silently prune nothing."""
+        known = {layer.weight.parameter for layer in self.worklist.layers if layer.weight is not None}
+        unknown = sorted(thresholds.keys() - known)
+        if unknown:
+            self.worklist.warnings.append(
+                f"Winograd thresholds without a convolution's weight of that name ({', '.join(unknown[:3])}"
+                f"{', ...' if len(unknown) > 3 else ''}): the module was bound or renamed before"
+            )
