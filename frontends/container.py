@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from . import codec, winograd_spec
+from . import codec, onnx_graph, winograd_spec
 from .errors import InputError
 from .quantization import LayerQuantization
 
@@ -489,6 +489,10 @@ def _parse_graph(text: bytes, entries: list[_Entry]) -> ModelProto:
         model.ParseFromString(text)
     except (DecodeError, ValueError, RecursionError):
         raise InputError("graph: not an ONNX model; do not trust this file") from None
+    if model.functions or model.training_info:
+        raise InputError("graph: it has functions or training steps; do not trust this file")
+    if any(t.data_location != TensorProto.DEFAULT or t.external_data for t in onnx_graph.tensors(model.graph)):
+        raise InputError("graph: it refers to tensors in other files; do not trust this file")
     names = [tensor.name for tensor in model.graph.initializer] + [entry.name for entry in entries]
     if len(set(names)) != len(names):
         raise InputError("graph: two tensors of one name; do not trust this file")

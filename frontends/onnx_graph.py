@@ -1,6 +1,6 @@
 """Reading and tidying ONNX models: the interchange form inside the front ends.
 
-Everything here works on a ``ModelProto`` in place and needs neither TVM nor torch.
+It works on a ``ModelProto`` in place and needs neither TVM nor torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
@@ -77,6 +78,8 @@ def tidy(model: ModelProto, name: str) -> None:
     Constant nodes and Identity nodes of initializers become initializers (the legacy torch exporter replaces equal
     tensors by Identity nodes, which would hide a layer's weight name); unused initializers and dead nodes go.
     """
+    if model.functions:
+        model.CopyFrom(onnx.inliner.inline_local_functions(model))
     graph = model.graph
     if graph.sparse_initializer:
         raise InputError(f"{name}: sparse initializers are not supported; export the model with dense weights")
@@ -181,6 +184,19 @@ def graphs(graph: GraphProto) -> Iterator[GraphProto]:
         for item in node.attribute:
             for inner in (*([item.g] if item.HasField("g") else []), *item.graphs):
                 yield from graphs(inner)
+
+
+def tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every tensor in the graph and the graphs inside it: initializers and attributes of nodes."""
+    for inner in graphs(graph):
+        yield from inner.initializer
+        for sparse in inner.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        for item in (item for node in inner.node for item in node.attribute):
+            yield from ([item.t] if item.HasField("t") else [])
+            yield from item.tensors
+            for sparse in (*([item.sparse_tensor] if item.HasField("sparse_tensor") else []), *item.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
 
 
 def fresh_name(model: ModelProto, wanted: str) -> str:
