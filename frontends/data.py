@@ -75,7 +75,7 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def luma(rgb: NDArray[np.uint8]) -> Image:
-    """The Y channel of ITU-R BT.601 in [16/255, 235/255] (MATLAB's ``rgb2ycbcr``); a grey H x W image is taken as is."""
+    """The Y channel of ITU-R BT.601 in [16/255, 235/255] (MATLAB's ``rgb2ycbcr``); grey images are taken as they are."""
     if rgb.ndim == 2:
         return rgb.astype(np.float32) / 255
     y = 16 + rgb[..., :3].astype(np.float64) @ (np.array([65.481, 128.553, 24.966]) / 255)
@@ -135,7 +135,7 @@ def read_pairs(folder: Path, scale: int) -> list[Pair]:
 
 
 def psnr(image: NDArray[np.floating], reference: NDArray[np.floating], shave: int) -> float:
-    """Peak signal-to-noise ratio in dB of images in [0, 1], ``shave`` pixels cut from each edge; ``image`` is clipped."""
+    """Peak signal-to-noise ratio in dB in [0, 1], ``shave`` pixels cut from each edge; ``image`` is clipped first."""
     inner = (slice(shave, -shave or None),) * 2
     difference = np.clip(np.asarray(image, np.float64), 0, 1)[inner] - np.asarray(reference, np.float64)[inner]
     return float(-10 * np.log10(np.mean(difference**2)))

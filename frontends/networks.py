@@ -147,9 +147,7 @@ class _Block18(nn.Module):
         self.pool = nn.MaxPool2d(stride, ceil_mode=True) if pool and stride > 1 else nn.Identity()
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.pool(self.conv1(x))))

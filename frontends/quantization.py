@@ -1,36 +1,48 @@
-"""Universal quantisation: a uniform lattice of step D for all weights, dithered or not; zeros stay zero.
+"""Universal quantisation: one uniform step for every weight of a network, with or without a shared dither.
 
-Choi, El-Khamy, Lee, arXiv 1805.08303: with the dither U uniform in [-D/2, D/2), ``q = D round((w + U) / D)`` is coded
-and ``q - U`` decoded where q != 0; U = 0 is the plain mode. The dither is a fixed function of a seed and the weight's
-position, so that a file needs the seed only and decodes to the same bits everywhere. This half is numpy; torch is
-imported where torch modules come in.
+After Choi, El-Khamy, Lee, arXiv 1805.08303 and "Universal deep neural network compression", arXiv 1802.02271. A weight
+w becomes the integer code ``round((w + u) / step)``, where u is nought or pseudo-random, uniform in [-step/2, step/2)
+and known to the decoder, which gives back ``code * step - u``; code 0 gives 0, so that zeros stay zero. Fine-tuning
+moves the value of each code by the average gradient of its members.
+
+The core needs numpy only; torch is imported by the functions that take a model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = [
+    "CodebookTuner",
+    "LayerQuantization",
+    "Quantization",
+    "dither",
+    "quantize_",
+    "quantize_array",
+    "step_for_bits",
+]
 
 
-def dither(seed: int, count: int) -> NDArray[np.float64]:
-    """``count`` pseudo-random numbers in [-1/2, 1/2), to be multiplied by the step: multiples of 2^-24, exact.
+def dither(seed: int, count: int, step: float) -> NDArray[np.float32]:
+    """``count`` numbers uniform in [-step/2, step/2): the same bits on every platform.
 
-    SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) of the seed and the position; the top 24 bits are taken. Part of the
-    file format: it must never change.
+    24 bits of numpy's Philox counter generator (whose raw stream is fixed) make a fraction that float32 holds exactly;
+    the product with ``step`` is rounded once.
     """
-    state = np.arange(1, count + 1, dtype=np.uint64)
-    state *= _GOLDEN
-    state += np.uint64(seed)
-    for shift, factor in zip((30, 27), _MIX, strict=True):
-        state ^= state >> np.uint64(shift)
-        state *= factor
-    state ^= state >> np.uint64(31)
-    return (state >> np.uint64(40)).astype(np.float64) * 2.0**-24 - 0.5
+    bits = np.random.Philox(key=seed).random_raw(count) >> np.uint64(40)
+    fraction = bits.astype(np.float32) * np.float32(2.0**-24) - np.float32(0.5)
+    return fraction * np.float32(step)
 
 
 @dataclass(frozen=True)
@@ -38,10 +50,10 @@ class LayerQuantization:
     """The quantised weights of one layer.
 
     Attributes:
-        codes: int32, shaped as the weight. 0 stands for zero.
-        step: the lattice step D.
-        dither_seed: of ``dither``, from 0 to 2^63 - 1; None for the plain lattice.
-        codebook: float32 values of the distinct codes other than 0, in ascending order of code; None for ``code * D``.
+        codes: int32, the weight's shape. step: float32 value.
+        dither_seed: of ``dither``, None for none.
+        codebook: float32 value of each distinct code, ascending (0 is among them only if it occurs, with value 0);
+            None where they are code * step.
     """
 
     codes: NDArray[np.int32]
@@ -50,35 +62,179 @@ class LayerQuantization:
     codebook: NDArray[np.float32] | None = None
 
     def dequantize(self) -> NDArray[np.float32]:
-        """The weights, float32, bit-exact on every platform: float64 throughout, rounded once at the end."""
-        values = self._lattice() if self.codebook is None else self._from_codebook(self.codebook)
+        """The weights, bit for bit the same everywhere."""
+        if self.codebook is None:
+            values = self.codes.astype(np.float32) * np.float32(self.step)
+        else:
+            _, members = np.unique(self.codes, return_inverse=True)
+            values = self.codebook[members.reshape(self.codes.shape)]
         if self.dither_seed is not None:
-            values -= dither(self.dither_seed, self.codes.size).reshape(self.codes.shape) * self.step
-        values[self.codes == 0] = 0.0
-        return values.astype(np.float32)
+            values = values - dither(self.dither_seed, self.codes.size, self.step).reshape(self.codes.shape)
+        return np.where(self.codes == 0, np.float32(0), values)
 
-    def _lattice(self) -> NDArray[np.float64]:
-        return self.codes.astype(np.float64) * self.step
 
-    def _from_codebook(self, codebook: NDArray[np.float32]) -> NDArray[np.float64]:
-        distinct, position = np.unique(self.codes, return_inverse=True)
-        values = np.zeros(distinct.size)
-        values[distinct != 0] = codebook
-        return values[position].reshape(self.codes.shape)
+@dataclass(frozen=True)
+class Quantization:
+    """What ``quantize_`` did, by layer name."""
+
+    step: float
+    layers: Mapping[str, LayerQuantization]
+
+    @property
+    def levels(self) -> int:
+        """Distinct codes over all layers."""
+        return len(np.unique(np.concatenate([np.unique(x.codes) for x in self.layers.values()])))
+
+    @property
+    def entropy(self) -> float:
+        """First-order entropy of the codes in bits a weight: what a memoryless lossless coder could reach."""
+        codes = np.concatenate([x.codes.reshape(-1) for x in self.layers.values()])
+        _, counts = np.unique(codes, return_counts=True)
+        shares = counts / codes.size
+        return float(-(shares * np.log2(shares)).sum())
 
 
 def quantize_array(weight: NDArray[np.floating], step: float, dither_seed: int | None = None) -> LayerQuantization:
-    """Quantise one tensor.
+    """Quantise an array.
+
+    Raises:
+        InputError: for a step that is not positive, or so small that a code would not fit in 32 bits, or weights that
+            are not finite.
+    """
+    step = float(np.float32(step))
+    if not np.isfinite(step) or step <= 0:
+        raise InputError(f"quantisation step {step}: it must be greater than 0")
+    if not np.isfinite(weight).all():
+        raise InputError("cannot quantise weights that are not finite")
+    values = np.asarray(weight, np.float64)
+    if dither_seed is not None:
+        values = values + dither(dither_seed, values.size, step).reshape(values.shape)
+    codes = np.rint(values / step)
+    if codes.size and np.abs(codes).max() >= 2**31:
+        raise InputError(f"quantisation step {step} is too small for weights up to {np.abs(weight).max():.3g}")
+    # Half a step of dither may round a zero weight away from zero; zeros must stay.
+    codes = np.where(np.asarray(weight) == 0, 0, codes)
+    return LayerQuantization(codes.astype(np.int32), step, dither_seed)
+
+
+def step_for_bits(model: nn.Module, bits: int) -> float:
+    """The step at which the largest weight of the model gets the largest code of ``bits`` bits, sign included."""
+    if not 2 <= bits <= 16:
+        raise InputError(f"{bits} bits: choose 2 to 16")
+    largest = max((float(m.weight.detach().abs().max()) for m in _layers(model).values()), default=0.0)
+    if not largest > 0:
+        raise InputError("the model has no non-zero weight to quantise")
+    return largest / (2 ** (bits - 1) - 1)
+
+
+def quantize_(model: nn.Module, step: float, dither: bool = False, seed: int = 0) -> Quantization:
+    """Quantise the weights of every convolution and linear layer of a torch model, in place, by one step.
+
+    Each layer's module gets an attribute ``quantization``, from which ``save`` takes the codes.
 
     Args:
-        weight: any shape. step: D > 0. dither_seed: from 0 to 2^63 - 1, or None for no dither.
+        step: in units of the weights; see ``step_for_bits``.
+        dither: whether to dither, each layer with its own stream of ``seed`` (0 to 2^32 - 1).
 
-    Returns:
-        Codes without a codebook; a zero weight has code 0.
+    Raises:
+        InputError: for a bad step or seed, or a model without such layers.
     """
-    scaled = np.asarray(weight, np.float64) / step
-    if dither_seed is not None:
-        scaled += dither(dither_seed, scaled.size).reshape(scaled.shape)
-    codes = np.rint(scaled).astype(np.int32)
-    codes[np.asarray(weight) == 0] = 0
-    return LayerQuantization(codes, float(step), dither_seed)
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed {seed}: choose 0 to 2^32 - 1")
+    layers = {}
+    for index, (name, module) in enumerate(_layers(model).items()):
+        weight = module.weight.detach().float().cpu().numpy()
+        layers[name] = quantize_array(weight, step, (index << 32) | seed if dither else None)
+    if not layers:
+        raise InputError("the model has no convolution or linear layer to quantise")
+    quantization = Quantization(float(np.float32(step)), layers)
+    _write(model, quantization)
+    return quantization
+
+
+class CodebookTuner:
+    """Fine-tunes what the codes stand for: after ``backward`` of ``loss + objective(loss)``, ``step()`` moves each
+    non-zero code's value, which all layers share, by the average gradient of the weights that carry it. Zeros stay
+    zero. Keep the joint-sparsity objective on, or the Winograd domain loses its sparsity.
+
+    Under DDP the gradients are averaged before, so that every process makes the same step.
+
+    Args:
+        model: quantised by ``quantize_``. rate: of Adam, in units of the quantisation step.
+    """
+
+    def __init__(self, model: nn.Module, quantization: Quantization, rate: float = 1e-2) -> None:
+        import torch
+
+        self.model, self.quantization = model, quantization
+        modules = _layers(model)
+        if set(modules) != set(quantization.layers):
+            raise InputError("the quantisation is of another model: their layers differ")
+        self._weights = [modules[name].weight for name in quantization.layers]
+        distinct, members = np.unique(
+            np.concatenate([x.codes.reshape(-1) for x in quantization.layers.values()]), return_inverse=True
+        )
+        device = self._weights[0].device
+        self._codes = distinct
+        self._members = torch.from_numpy(members.reshape(-1)).to(device)
+        self._counts = torch.bincount(self._members, minlength=len(distinct)).to(torch.float64)
+        self._frozen = torch.from_numpy(distinct == 0).to(device)
+        values = self._present_values()
+        self._values = torch.from_numpy(values).to(device, torch.float64).requires_grad_()
+        self._optimiser = torch.optim.Adam([self._values], lr=rate * quantization.step)
+
+    def step(self) -> None:
+        """Move the codebook by the weights' gradients, write the weights anew, and clear their gradients."""
+        import torch
+
+        missing = [w for w in self._weights if w.grad is None]
+        if missing:
+            raise InputError("no gradient: call backward before step")
+        gradients = torch.cat([w.grad.detach().reshape(-1).double() for w in self._weights if w.grad is not None])
+        sums = torch.bincount(self._members, gradients, minlength=len(self._codes))
+        self._values.grad = torch.where(self._frozen, 0.0, sums / self._counts)
+        self._optimiser.step()
+        for weight in self._weights:
+            weight.grad = None
+        self._publish()
+
+    def _present_values(self) -> NDArray[np.float64]:
+        """The shared value of each code: of the layers' codebooks where they have one, else code * step."""
+        values = self._codes.astype(np.float64) * self.quantization.step
+        for layer in self.quantization.layers.values():
+            if layer.codebook is not None:
+                values[np.searchsorted(self._codes, np.unique(layer.codes))] = layer.codebook
+        return values
+
+    def _publish(self) -> None:
+        values = self._values.detach().cpu().numpy().astype(np.float32)
+        layers = {
+            name: replace(layer, codebook=values[np.searchsorted(self._codes, np.unique(layer.codes))])
+            for name, layer in self.quantization.layers.items()
+        }
+        self.quantization = replace(self.quantization, layers=layers)
+        _write(self.model, self.quantization)
+
+
+def _write(model: nn.Module, quantization: Quantization) -> None:
+    import torch
+
+    modules = _layers(model)
+    with torch.no_grad():
+        for name, layer in quantization.layers.items():
+            modules[name].weight.copy_(torch.from_numpy(layer.dequantize()))
+            modules[name].quantization = layer  # type: ignore[assignment]
+
+
+def _layers(model: nn.Module) -> dict[str, torch.nn.Module]:
+    """Convolutions and linear layers by name, each weight once."""
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd
+
+    seen: set[int] = set()
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (_ConvNd, nn.Linear)) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            layers[name] = module
+    return layers

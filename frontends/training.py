@@ -1,0 +1,393 @@
+"""The project's own trainer: a recipe, data and an output folder give trained weights and measured results.
+
+It stands on Lightning (checkpoints, resume, several processes). Whoever has a training loop needs none of it:
+``JointSparsity`` works in any. A run leaves in its output folder ``model.safetensors`` (the weights; spatially pruned
+where the recipe asks for sparsity), ``results.json`` (figures, recipe, seed, versions), ``last.ckpt`` while it runs,
+and ``history.csv`` (one line an epoch).
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from . import data as datasets
+from .errors import InputError
+from .joint_sparsity import JointSparsity
+from .networks import build
+from .recipe import Recipe, read_recipe
+from .winograd_inference import winograd_pruned
+
+__all__ = ["load_weights", "train"]
+
+Metrics = dict[str, float]
+
+
+def train(
+    recipe: Path,
+    data: Path,
+    output: Path,
+    resume: bool = False,
+    *,
+    weights: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Train by a recipe and measure: dense before, dense after or the spatial and the Winograd build.
+
+    Args:
+        recipe: a TOML file, see ``recipe.Recipe``. data: the folder or archive that the recipe's names lie in.
+        output: folder for the results, made where missing.
+        resume: go on from ``output/last.ckpt`` if there is one.
+        weights: a safetensors state dict to start from; required where the recipe says ``pretrained = true``.
+        overrides: recipe values to change, ``{"sparsity.spatial": 0}``.
+        processes: how many processes share every batch (DDP).
+
+    Returns:
+        what ``results.json`` holds. On processes other than the first, an empty dict.
+
+    Raises:
+        InputError: for a bad recipe, data or weights.
+    """
+    plan = read_recipe(recipe, overrides or {})
+    task = _TASKS[plan.data.kind](plan, data)
+    if weights is None and plan.network.pretrained:
+        raise InputError(f"{recipe}: starts from pre-trained weights; give them with --weights FILE.safetensors")
+    output.mkdir(parents=True, exist_ok=True)
+    lightning.seed_everything(plan.run.seed, workers=True, verbose=False)
+    if plan.run.threads:
+        torch.set_num_threads(plan.run.threads)
+    model = build(plan.network.name, **plan.network.options)
+    if weights is not None:
+        load_weights(model, weights)
+    start = time.time()
+    before = _evaluate(task, model) if weights is not None else {}
+    trainee = _Trainee(model, task, plan)
+    _fit(trainee, plan, output, resume, processes)
+    if not trainee.trainer.is_global_zero:
+        return {}
+    results = {
+        "recipe": plan.table,
+        "weights": weights.name if weights is not None else None,
+        "seconds": round(time.time() - start, 1),
+        "versions": {
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
+        "baseline": task.baseline(),
+        "before": before,
+        **_measure_builds(task, model, plan),
+    }
+    _save_weights(model, output / "model.safetensors")
+    _write_json(results, output / "results.json")
+    return results
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors state dict into ``model``, strictly.
+
+    Raises:
+        InputError: where the file cannot be read or does not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    # Files made without BatchNorm's batch counters are common; nothing depends on them.
+    counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
+    try:
+        model.load_state_dict({**counters, **state})
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: does not fit the network ({detail})") from error
+
+
+# --- tasks: what differs between super-resolution and classification -------------------------------------------------
+
+
+class _SuperResolution:
+    """Mean square error in training, mean PSNR in dB per test folder (and of bicubic enlargement as baseline)."""
+
+    def __init__(self, plan: Recipe, root: Path) -> None:
+        self.spec = plan.data
+        self.seed = plan.run.seed
+        self.train_pairs = datasets.read_pairs(root / self.spec.train, self.spec.scale)
+        self.test_pairs = {name: datasets.read_pairs(root / name, self.spec.scale) for name in self.spec.test}
+        self.batches: datasets.PatchBatches | None = None
+
+    def dataset(self, epoch: int, rank: int, world: int) -> Any:
+        if self.batches is None:
+            self.batches = datasets.PatchBatches(
+                self.train_pairs,
+                scale=self.spec.scale,
+                patch=self.spec.patch,
+                batch=self.spec.batch,
+                length=self.spec.steps,
+                seed=self.seed,
+                shrink=tuple(self.spec.shrink),
+            )
+        batches = copy.copy(self.batches)
+        batches.epoch, batches.rank, batches.world = epoch, rank, world
+        return batches
+
+    def steps(self) -> int:
+        return self.spec.steps
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(prediction.float(), target)
+
+    def evaluate(self, model: nn.Module) -> Metrics:
+        return {name: self._psnr(model, pairs) for name, pairs in self.test_pairs.items()}
+
+    def baseline(self) -> Metrics:
+        return {name: self._psnr(nn.Identity(), pairs) for name, pairs in self.test_pairs.items()}
+
+    def _psnr(self, model: nn.Module, pairs: list[datasets.Pair]) -> float:
+        def enlarge(pair: datasets.Pair) -> np.ndarray:
+            return model(torch.from_numpy(pair.low)[None, None]).float()[0, 0].numpy()
+
+        return round(float(np.mean([datasets.psnr(enlarge(p), p.high, self.spec.scale) for p in pairs])), 4)
+
+
+class _Classification:
+    """Cross-entropy in training, accuracy in per cent on the test split."""
+
+    def __init__(self, plan: Recipe, root: Path) -> None:
+        self.spec = plan.data
+        self.seed = plan.run.seed
+        self.train_data = datasets.read_labelled(root, self.spec.train)
+        self.test_data = {name: datasets.read_labelled(root, name) for name in self.spec.test}
+
+    def dataset(self, epoch: int, rank: int, world: int) -> Any:
+        return datasets.LabelledBatches(
+            self.train_data,
+            batch=self.spec.batch,
+            augment=True,
+            seed=self.seed,
+            epoch=epoch,
+            rank=rank,
+            world=world,
+        )
+
+    def steps(self) -> int:
+        return len(self.train_data.labels) // self.spec.batch
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(prediction.float(), target)
+
+    def evaluate(self, model: nn.Module) -> Metrics:
+        return {name: self._accuracy(model, split) for name, split in self.test_data.items()}
+
+    def baseline(self) -> Metrics:
+        return {}
+
+    def _accuracy(self, model: nn.Module, split: datasets.Labelled) -> float:
+        batches = datasets.LabelledBatches(split, batch=500, augment=False)
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in (batches[i] for i in range(len(batches))))
+        return round(100 * right / len(split.labels), 4)
+
+
+_TASKS = {"super-resolution": _SuperResolution, "classification": _Classification}
+_Task = _SuperResolution | _Classification
+
+
+@torch.inference_mode()
+def _evaluate(task: _Task, model: nn.Module) -> Metrics:
+    training = model.training
+    model.eval()
+    try:
+        return task.evaluate(model)
+    finally:
+        model.train(training)
+
+
+def _measure_builds(task: _Task, model: nn.Module, plan: Recipe) -> dict[str, Any]:
+    """Prune as the recipe says (in place) and measure each build from these weights.
+
+    ``spatial``: spatially pruned weights. ``winograd``: those weights, as the file stores them, pruned in the Winograd
+    domain as well. ``winograd_only``: the weights before spatial pruning, pruned in the Winograd domain alone.
+    """
+    model.cpu()
+    if plan.sparsity is None:
+        return {"dense": _evaluate(task, model)}
+    target = plan.sparsity
+    pruner = JointSparsity(model, target.prune_spatial, target.prune_winograd, target.tile, weighted=target.weighted)
+    results: dict[str, Any] = {"dense": _evaluate(task, model)}
+    pruner.prune_("winograd")
+    with winograd_pruned(model, pruner.winograd_spec()):
+        results["winograd_only"] = _evaluate(task, model)
+    results["spatial_sparsity"] = pruner.prune_("spatial")
+    results["spatial"] = _evaluate(task, model)
+    results["winograd_sparsity"] = pruner.prune_("winograd")
+    results["winograd_spec"] = pruner.winograd_spec()
+    with winograd_pruned(model, results["winograd_spec"]):
+        results["winograd"] = _evaluate(task, model)
+    return results
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class _Trainee(lightning.LightningModule):
+    """The network, its loss and, where the recipe asks for it, the joint-sparsity objective."""
+
+    def __init__(self, model: nn.Module, task: _Task, plan: Recipe) -> None:
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last)
+        self.task = task
+        self.plan = plan
+        self.total = plan.run.epochs * task.steps()
+        self.objective = self._objective()
+
+    def _objective(self) -> JointSparsity | None:
+        target = self.plan.sparsity
+        if target is None:
+            return None
+        return JointSparsity(
+            self.model,
+            target.spatial,
+            target.winograd,
+            target.tile,
+            weighted=target.weighted,
+            alpha=target.alpha,
+            speed=target.speed,
+            ramp=round(target.ramp * self.total),
+        )
+
+    def configure_optimizers(self) -> Any:
+        chosen = self.plan.optimiser
+        kernels = [p for p in self.model.parameters() if p.dim() > 1]
+        others = [p for p in self.model.parameters() if p.dim() <= 1]
+        groups: list[dict[str, Any]] = [
+            {"params": kernels, "weight_decay": chosen.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        if self.objective is not None:
+            groups.append({"params": list(self.objective.parameters()), "weight_decay": 0.0})
+        optimiser = torch.optim.AdamW(groups, lr=chosen.rate)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimiser, self._rate)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        """Linear warm-up, then half a cosine."""
+        warm = max(1, round(self.plan.optimiser.warmup * self.total))
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.total - warm)))
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        batches = self.task.dataset(self.current_epoch, trainer.global_rank, trainer.world_size)
+        return DataLoader(batches, batch_size=None, shuffle=False)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        inputs, target = batch
+        loss = self.task.loss(self.model(inputs.contiguous(memory_format=torch.channels_last)), target)
+        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        if self.objective is None:
+            return loss
+        penalty = self.objective(loss)
+        if index % 50 == 0:
+            self.log_dict(self.objective.state(), on_step=False, on_epoch=True)
+        return loss + penalty
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        target = self.plan.sparsity
+        if self.objective is None or target is None or not target.spatial:
+            return
+        if self.global_step == round((1 - target.hold) * self.total):
+            self.objective.prune_("spatial")
+        self.objective.hold_()
+
+
+class _Lines(Callback):
+    """One line an epoch: to ``history.csv`` and, where no terminal shows a progress bar, to standard output."""
+
+    def __init__(self, file: Path, every: int, plain: bool) -> None:
+        self.file, self.every, self.plain = file, every, plain
+        self.start = time.time()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, trainee: lightning.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        line: dict[str, Any] = {"epoch": epoch, "seconds": round(time.time() - self.start, 1)}
+        line |= {k: float(f"{float(v):.5g}") for k, v in trainer.callback_metrics.items()}
+        if self.every and epoch % self.every == 0 and trainer.is_global_zero:
+            assert isinstance(trainee, _Trainee)
+            measured = _evaluate(trainee.task, trainee.model)
+            line |= measured
+        if not trainer.is_global_zero:
+            return
+        with self.file.open("a", newline="") as stream:
+            csv.writer(stream).writerow([f"{k}={v}" for k, v in line.items()])
+        if self.plain:
+            print("  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
+
+
+def _fit(trainee: _Trainee, plan: Recipe, output: Path, resume: bool, processes: int) -> None:
+    terminal = sys.stdout.isatty()
+    checkpoint = output / "last.ckpt"
+    callbacks: list[Callback] = [
+        ModelCheckpoint(output, filename="last", save_top_k=1, enable_version_counter=False, every_n_epochs=1),
+        _Lines(output / "history.csv", plan.run.evaluate_every, plain=not terminal),
+    ]
+    if terminal:
+        callbacks.append(TQDMProgressBar(refresh_rate=5))
+    trainer = lightning.Trainer(
+        accelerator="auto",
+        devices=processes,
+        strategy=DDPStrategy() if processes > 1 else "auto",
+        max_epochs=plan.run.epochs,
+        precision="bf16-mixed" if plan.run.precision == "bf16" else "32-true",
+        gradient_clip_val=plan.optimiser.clip or None,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=terminal,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+    )
+    found = checkpoint.exists()
+    if found and not resume:
+        raise InputError(f"{checkpoint}: an earlier run lies there; give --resume or another output folder")
+    trainer.fit(trainee, ckpt_path=checkpoint if found else None)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    scratch = path.with_name(path.name + ".part")
+    save_file(state, scratch)
+    os.replace(scratch, path)
+
+
+def _write_json(results: Mapping[str, Any], path: Path) -> None:
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(scratch, path)
