@@ -75,7 +75,7 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def luma(rgb: NDArray[np.uint8]) -> Image:
-    """The Y channel of ITU-R BT.601 in [16/255, 235/255] (MATLAB's ``rgb2ycbcr``); grey images are taken as they are."""
+    """The Y channel of ITU-R BT.601 in [16/255, 235/255] (MATLAB's ``rgb2ycbcr``); grey ones are taken as they are."""
     if rgb.ndim == 2:
         return rgb.astype(np.float32) / 255
     y = 16 + rgb[..., :3].astype(np.float64) @ (np.array([65.481, 128.553, 24.966]) / 255)

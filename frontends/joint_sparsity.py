@@ -7,11 +7,11 @@ remove towards zero, each in its own domain:
     R_SD = 1/E_SD sum_l || w_l 1{|w_l| <= t_SD} ||^2            R_WD = 1/E_WD sum_l || U_l 1{|U_l| <= t_WD} ||^2
     cost = loss + sum_D  c exp(z_D) (R_D + e) - c z_D,          U = G w G^T,  c = alpha * loss scale
 
-with learnable z_SD, z_WD: a coefficient c exp(z) grows until exp(z) R = 1, so that minimising over z leaves c log R. The
-thresholds t are the quantiles of the magnitudes over all layers together and follow the weights. Differences from the
-paper, each measured to help: R is divided by the energy E of its whole domain (the paper: by the number of weights), so
-that both live on one scale and R is the share of the energy that pruning would remove; c follows the scale of the loss;
-the small constant e keeps z finite; the target sparsities may rise over the first steps.
+with learnable z_SD, z_WD: a coefficient c exp(z) grows until exp(z) R = 1, so that minimising over z leaves c log R.
+The thresholds t are the quantiles of the magnitudes over all layers together and follow the weights. What differs from
+the paper: R is divided by the energy E of its whole domain (the paper: by the number of weights), so that both live on
+one scale and R is the share of the energy that pruning would remove; z is counted from log c; c follows the scale of
+the loss; the small constant e keeps z finite; the target sparsities may rise over the first steps.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class JointSparsity(nn.Module):
         return [(torch.cat(filters), self._matrix(key, filters[0].device)) for key, filters in groups.items()]
 
     def _matrix(self, key: tuple[int, int], device: torch.device) -> Tensor:
-        """r^2 x n^2: a row of a flattened filter times it is the flattened G w G^T, times the importance if weighted."""
+        """r^2 x n^2: a flattened filter as a row times it is G w G^T flattened, times the importance if weighted."""
         if (key, device) not in self._matrices:
             winograd = transform(*key)
             _, g, _ = winograd.arrays()

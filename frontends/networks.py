@@ -1,7 +1,7 @@
 """The networks of the experiments, by name: ``build("vdsr")``, ``build("resnet18", stem="cifar")``.
 
-Super-resolution networks map N x 1 x H x W, the bicubic-upscaled Y channel in [0, 1], to the same shape. Classifiers map
-N x 3 x H x W to N x classes.
+Super-resolution networks map N x 1 x H x W, the bicubic-upscaled Y channel in [0, 1], to the same shape. Classifiers
+map N x 3 x H x W to N x classes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _initialise_chain(model: nn.Module, residual: bool) -> None:
     """He initialisation; a residual network starts close to the identity."""
     layers = list(model.children())
     for layer in layers:
-        assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+        assert isinstance(layer, nn.Conv2d)
+        assert layer.bias is not None
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.zeros_(layer.bias)
     if residual:
