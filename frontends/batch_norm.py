@@ -1,6 +1,6 @@
 """Fold BatchNormalization into the convolution or Gemm before it, on the ONNX graph.
 
-``BN(conv(x, W) + b) = conv(x, s W) + s (b - mean) + beta`` with ``s = gamma / sqrt(var + eps)`` for each output channel.
+``BN(conv(x, W) + b) = conv(x, s W) + s (b - mean) + beta`` where ``s = gamma / sqrt(var + eps)``, for each channel.
 The scales are returned, so that a file can keep the codes of the unscaled weights. The order of operations is fixed:
 s in float64, rounded to float32; s W one float32 product an entry; the bias in float64, rounded to float32.
 """
@@ -143,7 +143,9 @@ class _Folder:
             return None
         return np.broadcast_to(bias.reshape(-1), (channels,)) if bias.size in (1, channels) else None
 
-    def _scale_weight(self, host: NodeProto, weight: NDArray[np.float32], axis: int, scale: NDArray[np.float32]) -> None:
+    def _scale_weight(
+        self, host: NodeProto, weight: NDArray[np.float32], axis: int, scale: NDArray[np.float32]
+    ) -> None:
         source = host.input[1]
         name = source
         if self.counts[source] > 1:

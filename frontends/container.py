@@ -12,8 +12,8 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -95,9 +95,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Where the bytes of a file go: its tensors' streams by name, the graph, the index, and the whole."""
+    """Where the bytes of a file go: tensors' streams by name, all streams, the graph, the index, and the whole."""
 
     tensors: Mapping[str, int]
+    streams: int
     graph: int
     index: int
     file: int
@@ -134,15 +135,21 @@ def encode(contents: Contents) -> bytes:
     Raises:
         InputError: the contents exceed a limit of the format.
     """
+    books, book_of = _bind_books(contents.records)
+    described = [_describe_book(book) for book in books]
+    described += [_describe(record, book_of.get(record.name)) for record in contents.records]
     entries, streams = [], []
-    for record in contents.records:
-        entry, payload = _describe(record)
+    for entry, payload in described:
         if payload:
             coder, stream = codec.encode(payload)
             entry |= {"coder": coder, "length": len(stream), "crc": zlib.crc32(stream)}
             streams.append(stream)
         entries.append(entry)
-    index = {"tensors": entries, "winograd": {k: v.to_json() for k, v in contents.winograd.items()}}
+    index = {
+        "books": entries[: len(books)],
+        "tensors": entries[len(books) :],
+        "winograd": {k: v.to_json() for k, v in contents.winograd.items()},
+    }
     text = json.dumps(index, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     sections = [
         _section(b"INDX", _text(text, INDEX_MOST, "index")),
@@ -156,7 +163,34 @@ def encode(contents: Contents) -> bytes:
     return body + _section(b"END ", _digest(body))
 
 
-def _describe(record: Record) -> tuple[dict[str, Any], bytes]:
+Book = dict[int, np.float32]
+"""What codes stand for, but 0, which stands for 0."""
+
+
+def _bind_books(records: tuple[Record, ...]) -> tuple[list[Book], dict[str, int]]:
+    """Put the layers' codebooks together into as few as their contradictions allow; which one each record reads."""
+    books: list[Book] = []
+    book_of: dict[str, int] = {}
+    for record in records:
+        if isinstance(record.base, LayerQuantization) and record.base.codebook is not None:
+            pairs = zip(np.unique(record.base.codes).tolist(), record.base.codebook, strict=True)
+            own = {code: value for code, value in pairs if code}
+            fitting = (i for i, book in enumerate(books) if all(book.get(c, v) == v for c, v in own.items()))
+            number = next(fitting, len(books))
+            if number == len(books):
+                books.append({})
+            books[number].update(own)
+            book_of[record.name] = number
+    return books, book_of
+
+
+def _describe_book(book: Book) -> tuple[dict[str, Any], bytes]:
+    codes = sorted(book)
+    values = [book[code] for code in codes]
+    return {"count": len(codes)}, np.array(codes, "<i4").tobytes() + np.array(values, "<f4").tobytes()
+
+
+def _describe(record: Record, book: int | None) -> tuple[dict[str, Any], bytes]:
     """The index entry of a record, and the bytes to be coded."""
     entry: dict[str, Any] = {"name": record.name, "shape": list(record.shape)}
     base = record.base
@@ -165,7 +199,7 @@ def _describe(record: Record) -> tuple[dict[str, Any], bytes]:
         payload = b""
     elif isinstance(base, LayerQuantization):
         details, payload = _describe_codes(base)
-        entry |= details
+        entry |= details | ({} if book is None else {"book": book})
     else:
         entry |= {"kind": "raw", "type": base.dtype.name}
         payload = np.ascontiguousarray(base, base.dtype.newbyteorder("<")).tobytes()
@@ -182,11 +216,7 @@ def _describe_codes(quantised: LayerQuantization) -> tuple[dict[str, Any], bytes
     entry: dict[str, Any] = {"kind": "codes", "width": width, "step": float(quantised.step)}
     if quantised.dither_seed is not None:
         entry["seed"] = int(quantised.dither_seed)
-    values = b""
-    if quantised.codebook is not None:
-        entry["codebook"] = len(quantised.codebook)
-        values = np.asarray(quantised.codebook, "<f4").tobytes()
-    return entry, planes.tobytes() + values
+    return entry, planes.tobytes()
 
 
 def _fits(codes: NDArray[np.integer], width: int) -> bool:
@@ -229,15 +259,16 @@ def decode(data: bytes, where: str = "the file") -> Contents:
     try:
         sections = _sections(memoryview(data))
         index = _parse_index(_read_text(sections[b"INDX"], INDEX_MOST, "index"))
-        entries = list(_entries(index, len(sections[b"DATA"])))
+        books, entries = _entries(index, len(sections[b"DATA"]))
         graph = _parse_graph(_read_text(sections[b"GRPH"], GRAPH_MOST, "graph"), entries)
-        records = _read_records(entries, sections[b"DATA"])
+        records = _read_records(books, entries, sections[b"DATA"])
         shapes = {record.name: record.shape for record in records}
         winograd = winograd_spec.parse(index["winograd"], shapes, "index")
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     sizes = Sizes(
         tensors={entry.name: entry.length for entry in entries},
+        streams=len(sections[b"DATA"]),
         graph=len(sections[b"GRPH"]),
         index=len(sections[b"INDX"]),
         file=len(data),
@@ -336,42 +367,70 @@ def _parse_index(text: bytes) -> dict[str, Any]:
         index = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"index: not valid JSON ({error}); do not trust this file") from None
-    _check_keys(index, {"tensors", "winograd"}, set(), "index")
-    if not isinstance(index["tensors"], list) or len(index["tensors"]) > TENSORS_MOST:
-        raise InputError(f"index: tensors must be a list of at most {TENSORS_MOST}; do not trust this file")
+    _check_keys(index, {"books", "tensors", "winograd"}, set(), "index")
+    for key in ("books", "tensors"):
+        if not isinstance(index[key], list) or len(index[key]) > TENSORS_MOST:
+            raise InputError(f"index: {key} must be a list of at most {TENSORS_MOST}; do not trust this file")
     return dict(index)
 
 
-def _entries(index: dict[str, Any], data_length: int) -> Iterator[_Entry]:
-    """The checked entries. Nothing is decoded before all of them are known to fit the limits and the section."""
-    seen: dict[str, _Entry] = {}
+def _entries(index: dict[str, Any], data_length: int) -> tuple[list[_Entry], list[_Entry]]:
+    """The checked codebooks and tensors. Nothing is decoded before all are known to fit the limits and the section."""
+    books: list[_Entry] = []
+    tensors: dict[str, _Entry] = {}
     start = total = 0
-    for fields in index["tensors"]:
-        entry = _entry(fields, start, seen)
+    for position, fields in enumerate(index["books"] + index["tensors"]):
+        is_book = position < len(index["books"])
+        entry = _book_entry(fields, position, start) if is_book else _entry(fields, start, tensors, len(books))
         start += entry.length
-        total += max(entry.size, entry.count * _item_size(entry))
+        total += max(entry.size, 0 if is_book else entry.count * _item_size(entry))
         if start > data_length or total > WEIGHTS_MOST:
             raise _refuse(entry.name, "it and those before it are larger than the file or the format allows")
-        seen[entry.name] = entry
+        if is_book:
+            books.append(entry)
+        else:
+            tensors[entry.name] = entry
     if start != data_length:
-        raise InputError(f"index: the streams have {start} bytes, the section has {data_length}; do not trust this file")
-    yield from seen.values()
+        raise InputError(f"index: the streams have {start} bytes, not the {data_length} there; do not trust this file")
+    return books, list(tensors.values())
 
 
 _KEYS = {
     "raw": ({"type"}, set[str]()),
-    "codes": ({"width", "step"}, {"seed", "codebook"}),
+    "codes": ({"width", "step"}, {"seed", "book"}),
     "shared": ({"of"}, set[str]()),
 }
 _STREAM_KEYS = {"coder", "length", "crc"}
 
 
-def _entry(fields: Any, start: int, seen: Mapping[str, _Entry]) -> _Entry:
+def _book_entry(fields: Any, position: int, start: int) -> _Entry:
+    name = f"codebook {position}"
+    _check_keys(fields, {"count"} | _STREAM_KEYS, set(), name)
+    if not _is_int(fields["count"], 1, INDEX_MOST):
+        raise _refuse(name, "count must be a positive integer")
+    return _with_stream(_Entry(name, (fields["count"],), "book", fields, start, 0, 8 * fields["count"]))
+
+
+def _with_stream(entry: _Entry) -> _Entry:
+    """The entry with the length of its stream, which must be able to hold its size."""
+    fields = entry.fields
+    if any(not _is_int(fields.get(key, 0), 0, 2**32 - 1) for key in _STREAM_KEYS):
+        raise _refuse(entry.name, "coder, length and crc must be unsigned integers")
+    coder = codec.CODERS.get(fields.get("coder", 0))
+    length = fields.get("length", 0)
+    if coder is None:
+        raise _refuse(entry.name, f"coder {fields['coder']} is unknown; a newer jointsparse may know it")
+    if entry.size > coder.most(length):
+        raise _refuse(entry.name, f"{length} bytes of {coder.name} cannot hold the {entry.size} bytes declared")
+    return replace(entry, length=length)
+
+
+def _entry(fields: Any, start: int, seen: Mapping[str, _Entry], books: int) -> _Entry:
     if not isinstance(fields, dict):
         raise InputError("index: a tensor must be an object; do not trust this file")
-    name, kind, shape = fields.get("name"), fields.get("kind"), fields.get("shape")
-    if not _is_name(name) or name in seen:
-        raise InputError(f"index: {str(name)[:40]!r} is no name, or stands twice; do not trust this file")
+    name, kind, shape = str(fields.get("name")), fields.get("kind"), fields.get("shape")
+    if not _is_name(fields.get("name")) or name in seen:
+        raise InputError(f"index: {name[:40]!r} is no name, or stands twice; do not trust this file")
     if not isinstance(kind, str) or kind not in _KEYS:
         raise _refuse(name, f"kind {str(kind)[:40]!r} is unknown; a newer jointsparse may know it")
     if not isinstance(shape, list) or len(shape) > AXES_MOST or not all(_is_int(n, 1, 2**31 - 1) for n in shape):
@@ -380,21 +439,15 @@ def _entry(fields: Any, start: int, seen: Mapping[str, _Entry]) -> _Entry:
     has_stream = kind != "shared" or "scale" in fields
     streams = _STREAM_KEYS if has_stream else set[str]()
     _check_keys(fields, {"name", "kind", "shape"} | needed | streams, optional | {"scale"}, f"tensor {name!r}")
-    _check_fields(name, kind, shape, fields, seen)
-    entry = _Entry(name, tuple(shape), kind, fields, start, fields["length"] if has_stream else 0, 0)
-    size = _payload_size(entry)
-    coder = codec.CODERS.get(fields.get("coder", 0))
-    if coder is None:
-        raise _refuse(name, f"coder {fields['coder']} is unknown; a newer jointsparse may know it")
-    if size > coder.most(entry.length):
-        raise _refuse(name, f"{entry.length} bytes of {coder.name} cannot hold the {size} bytes declared")
-    return _Entry(name, tuple(shape), kind, fields, start, entry.length, size)
+    _check_fields(name, kind, shape, fields, seen, books)
+    entry = _Entry(name, tuple(shape), kind, fields, start, 0, 0)
+    return _with_stream(replace(entry, size=_payload_size(entry)))
 
 
-def _check_fields(name: str, kind: str, shape: list[int], fields: Mapping[str, Any], seen: Mapping[str, _Entry]) -> None:
+def _check_fields(
+    name: str, kind: str, shape: list[int], fields: Mapping[str, Any], seen: Mapping[str, _Entry], books: int
+) -> None:
     """Types and ranges of one entry's fields."""
-    if any(not _is_int(fields.get(key, 0), 0, 2**32 - 1) for key in _STREAM_KEYS):
-        raise _refuse(name, "coder, length and crc must be unsigned integers")
     if "scale" in fields and not _is_int(fields["scale"], 0, len(shape) - 1):
         raise _refuse(name, "scale must be one of its axes")
     if kind == "raw" and (not isinstance(fields["type"], str) or fields["type"] not in _TYPES):
@@ -404,12 +457,12 @@ def _check_fields(name: str, kind: str, shape: list[int], fields: Mapping[str, A
     if kind == "codes":
         if fields["width"] not in (1, 2, 4) or not _is_int(fields["width"], 1, 4):
             raise _refuse(name, "width must be 1, 2 or 4")
-        if type(fields["step"]) is not float or not 0 < fields["step"] < float(np.finfo(np.float32).max):
+        if type(fields["step"]) is not float or not _is_positive_float32(fields["step"]):
             raise _refuse(name, "step must be a positive float32 number")
         if not _is_int(fields.get("seed", 0), 0, 2**63 - 1):
             raise _refuse(name, "seed must be an integer from 0 to 2^63 - 1")
-        if not _is_int(fields.get("codebook", 0), 0, math.prod(shape)):
-            raise _refuse(name, "codebook must be a number of values")
+        if "book" in fields and not _is_int(fields["book"], 0, books - 1):
+            raise _refuse(name, "book must be the number of a codebook")
     if kind == "shared":
         other = seen.get(fields["of"]) if isinstance(fields["of"], str) else None
         if other is None or other.kind == "shared" or list(other.shape) != shape or not _is_float32(other):
@@ -428,29 +481,45 @@ def _payload_size(entry: _Entry) -> int:
     fields = entry.fields
     item = {"raw": _item_size(entry), "codes": fields.get("width", 0), "shared": 0}[entry.kind]
     scales = entry.shape[fields["scale"]] if "scale" in fields else 0
-    return entry.count * int(item) + 4 * int(fields.get("codebook", 0)) + 4 * scales
+    return entry.count * int(item) + 4 * scales
 
 
-def _read_records(entries: list[_Entry], data: memoryview) -> tuple[Record, ...]:
-    return tuple(_read_record(entry, data[entry.start : entry.start + entry.length]) for entry in entries)
+def _read_records(books: list[_Entry], entries: list[_Entry], data: memoryview) -> tuple[Record, ...]:
+    read_books = [_read_book(book, data) for book in books]
+    return tuple(_read_record(entry, data, read_books) for entry in entries)
 
 
-def _read_record(entry: _Entry, view: memoryview) -> Record:
-    stream = bytes(view)
+def _read_payload(entry: _Entry, data: memoryview) -> bytes:
+    stream = bytes(data[entry.start : entry.start + entry.length])
     if zlib.crc32(stream) != entry.fields.get("crc", 0):
         raise InputError(f"damaged: the checksum of tensor {entry.name!r} is wrong; get the file again")
-    payload = b""
-    if entry.size:
-        payload = _decode_stream(entry.fields["coder"], stream, entry.size, f"tensor {entry.name!r}")
+    if not entry.size:
+        return b""
+    return _decode_stream(entry.fields["coder"], stream, entry.size, f"tensor {entry.name!r}")
+
+
+def _read_book(entry: _Entry, data: memoryview) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    payload = _read_payload(entry, data)
+    codes = np.frombuffer(payload, "<i4", entry.count).astype(np.int32)
+    if np.any(codes[1:] <= codes[:-1]) or np.any(codes == 0):
+        raise _refuse(entry.name, "its codes do not ascend, or 0 is among them")
+    return codes, _floats(payload[4 * entry.count :], entry.name)
+
+
+_Books = list[tuple[NDArray[np.int32], NDArray[np.float32]]]
+
+
+def _read_record(entry: _Entry, data: memoryview, books: _Books) -> Record:
+    payload = _read_payload(entry, data)
     scale = None
     if "scale" in entry.fields:
         length = 4 * entry.shape[entry.fields["scale"]]
         scale = _floats(payload[len(payload) - length :], entry.name)
         payload = payload[: len(payload) - length]
-    return Record(entry.name, entry.shape, _read_base(entry, payload), scale, entry.fields.get("scale", 0))
+    return Record(entry.name, entry.shape, _read_base(entry, payload, books), scale, entry.fields.get("scale", 0))
 
 
-def _read_base(entry: _Entry, payload: bytes) -> NDArray[Any] | LayerQuantization | Shared:
+def _read_base(entry: _Entry, payload: bytes, books: _Books) -> NDArray[Any] | LayerQuantization | Shared:
     if entry.kind == "shared":
         return Shared(entry.fields["of"])
     if entry.kind == "raw":
@@ -458,28 +527,36 @@ def _read_base(entry: _Entry, payload: bytes) -> NDArray[Any] | LayerQuantizatio
         if dtype == np.bool_ and payload.strip(b"\0\1"):
             raise _refuse(entry.name, "a truth value is neither 0 nor 1")
         return np.frombuffer(payload, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(entry.shape)
-    return _read_codes(entry, payload)
+    return _read_codes(entry, payload, books)
 
 
-def _read_codes(entry: _Entry, payload: bytes) -> LayerQuantization:
+def _read_codes(entry: _Entry, payload: bytes, books: _Books) -> LayerQuantization:
     width, step = entry.fields["width"], entry.fields["step"]
-    planes = np.frombuffer(payload, np.uint8, entry.count * width).reshape(width, entry.count)
+    planes = np.frombuffer(payload, np.uint8).reshape(width, entry.count)
     codes = np.ascontiguousarray(planes.T).view(f"<i{width}").astype(np.int32).reshape(entry.shape)
-    codebook = None
-    if "codebook" in entry.fields:
-        codebook = _floats(payload[entry.count * width :], entry.name)
-        if len(codebook) != np.unique(codes[codes != 0]).size:
-            raise _refuse(entry.name, "the codebook does not have one value for each code")
-    largest = max(-int(codes.min()), int(codes.max()), 0) + 1
-    if largest * step > float(np.finfo(np.float32).max):
+    if (max(-int(codes.min()), int(codes.max())) + 1) * step > float(np.finfo(np.float32).max):
         raise _refuse(entry.name, "a value exceeds float32")
+    codebook = None
+    if "book" in entry.fields:
+        codebook = _look_up(np.unique(codes), books[entry.fields["book"]], entry.name)
     return LayerQuantization(codes, step, entry.fields.get("seed"), codebook)
+
+
+def _look_up(
+    distinct: NDArray[np.int32], book: tuple[NDArray[np.int32], NDArray[np.float32]], name: str
+) -> NDArray[np.float32]:
+    """The values of the distinct codes of a layer; 0 stands for 0."""
+    codes, values = book
+    position = np.minimum(np.searchsorted(codes, distinct), len(codes) - 1)
+    if np.any((codes[position] != distinct) & (distinct != 0)):
+        raise _refuse(name, "a code is not in its codebook")
+    return np.where(distinct == 0, np.float32(0), values[position])
 
 
 def _floats(payload: bytes, name: str) -> NDArray[np.float32]:
     values = np.frombuffer(payload, "<f4").astype(np.float32)
     if not np.all(np.isfinite(values)):
-        raise _refuse(name, "a scale or codebook value is not finite")
+        raise _refuse(name, "a value that must be finite is not")
     return values
 
 
@@ -519,6 +596,10 @@ def _is_name(name: Any) -> bool:
 
 def _is_int(value: Any, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
+
+
+def _is_positive_float32(value: float) -> bool:
+    return 0 < value <= float(np.finfo(np.float32).max) and float(np.float32(value)) == value
 
 
 def _refuse(name: str, why: str) -> InputError:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _LEGACY_OPSET = 17
 
+# Elements of a constant that may be folded: shapes and the like, not weights, which would lose their names.
+_FOLDED_MOST = 16
+
 # Loggers that print a page about every export, and exporters' other channels, are silenced for the call.
 _LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
@@ -77,7 +80,7 @@ def _by_torchscript(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -
         torch.onnx.export(
             module,
             inputs,
-            stream,
+            stream,  # type: ignore[arg-type]
             dynamo=False,
             training=torch.onnx.TrainingMode.PRESERVE,
             do_constant_folding=False,
@@ -102,7 +105,12 @@ def _finish(program: Any) -> ModelProto:
     """Fold the small constants (the exporter makes a chain of nodes for a missing bias), leave the weights."""
     from onnxscript import optimizer
 
-    optimizer.fold_constants(program.model)
+    # A transposed weight is folded whatever its size unless it is named here.
+    optimizer.fold_constants(
+        program.model,
+        input_size_limit=_FOLDED_MOST,
+        should_fold=lambda node: False if node.op_type == "Transpose" else None,
+    )
     return program.model_proto
 
 

@@ -162,9 +162,7 @@ def pack(model: ModelProto, quantised: Mapping[str, LayerQuantization], name: st
             tensor.name, value.shape, base, scaling.scale if scaling else None, scaling.axis if scaling else 0
         )
     winograd = {
-        key: spec[source]
-        for key in records
-        if (source := scalings[key].source if key in scalings else key) in spec
+        key: spec[source] for key in records if (source := scalings[key].source if key in scalings else key) in spec
     }
     _remove_tensors(model, records)
     onnx_graph.set_metadata(model, winograd_spec.KEY, None)

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 # TVM's importer wants to see the values of shapes, axes, scales and the like.
 _WEIGHT_READERS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Transpose"}
 _REDUCTIONS = {
-    f"Reduce{kind}"
-    for kind in ("Max", "Min", "Sum", "Mean", "Prod", "LogSumExp", "SumSquare", "L1", "L2", "LogSum")
+    f"Reduce{kind}" for kind in ("Max", "Min", "Sum", "Mean", "Prod", "LogSumExp", "SumSquare", "L1", "L2", "LogSum")
 }
 _lock = threading.RLock()
 
@@ -139,7 +138,8 @@ def _has_definition(op: str, model: ModelProto) -> bool:
         schema = onnx.defs.get_schema(op, onnx_graph.opset_version(model))
     except onnx.defs.SchemaError:
         return False
-    return bool(schema.has_function or schema.has_context_dependent_function)
+    # Missing from onnx's type stubs.
+    return bool(getattr(schema, "has_function", False) or getattr(schema, "has_context_dependent_function", False))
 
 
 def _axes_to_attribute(node: NodeProto, model: ModelProto, name: str) -> None:
@@ -224,7 +224,8 @@ def _freeze_constants(model: ModelProto) -> None:
         for node in graph.node:
             for value in node.input:
                 readers.setdefault(value, set()).add(node.op_type)
-    weights, frozen = [], []
+    weights: list[TensorProto] = []
+    frozen: list[TensorProto] = []
     for tensor in model.graph.initializer:
         is_weight = tensor.data_type == TensorProto.FLOAT and readers.get(tensor.name, set()) <= _WEIGHT_READERS
         (weights if is_weight and tensor.dims else frozen).append(onnx_graph.copied(tensor))

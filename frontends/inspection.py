@@ -1,0 +1,215 @@
+"""What a ``.jsm`` file holds, layer by layer and byte by byte. Neither TVM nor torch is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from . import container, model_file, onnx_graph
+from .container import Contents, Record, Shared
+from .quantization import LayerQuantization
+
+_FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One weight tensor of a convolution or dense layer.
+
+    Attributes:
+        name: of the weight. operator: the ONNX operator that reads it. shape: of the weight.
+        weights: how many. nonzeros: how many are not zero.
+        spatial_sparsity: share of zeros.
+        tile: Winograd output tile size, None without a Winograd threshold.
+        winograd_sparsity: share of zeros among the Winograd weights, thresholded; None without a threshold.
+        step: of the quantiser, None if the weights are stored as they are. dithered: whether it was dithered.
+        bytes: of the layer's stream in the file.
+        bits_per_weight: 8 * bytes / weights.
+        entropy: of the codes, bits per weight, each code by itself; None if not quantised.
+    """
+
+    name: str
+    operator: str
+    shape: tuple[int, ...]
+    weights: int
+    nonzeros: int
+    spatial_sparsity: float
+    tile: int | None
+    winograd_sparsity: float | None
+    step: float | None
+    dithered: bool
+    bytes: int
+    bits_per_weight: float
+    entropy: float | None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A ``.jsm`` file; print it for a table.
+
+    Attributes:
+        path: of the file. version: of the format. layers: the weights of convolutions and dense layers.
+        parameters: all weights and biases, BatchNorm folded; a shared one counts once.
+        dense_bytes: four bytes each. file_bytes: every byte of the file. ratio: the first by the second.
+        other_bytes: streams of biases and other tensors. graph_bytes, index_bytes: of these two sections.
+        spatial_sparsity: over the layers' weights.
+        winograd_sparsity: over the Winograd weights of the layers that have a threshold, None if none has.
+    """
+
+    path: str
+    version: int
+    layers: tuple[LayerInfo, ...]
+    parameters: int
+    dense_bytes: int
+    file_bytes: int
+    ratio: float
+    other_bytes: int
+    graph_bytes: int
+    index_bytes: int
+    spatial_sparsity: float
+    winograd_sparsity: float | None
+
+    def to_json(self) -> str:
+        """All fields as a JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield _table(self)
+        rest = f"graph {self.graph_bytes:,}, index {self.index_bytes:,}, biases and other tensors {self.other_bytes:,}"
+        yield Text(
+            f"{self.file_bytes:,} bytes ({rest}); {self.parameters:,} parameters of 32 bits are {self.dense_bytes:,}: "
+            f"ratio {self.ratio:.2f}"
+        )
+
+    def __str__(self) -> str:
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def inspect(path: str | os.PathLike[str]) -> ModelInfo:
+    """What a ``.jsm`` file holds.
+
+    Raises:
+        InputError: the file is damaged, foreign, too new or too large.
+    """
+    contents = model_file.read(path)
+    model = model_file.unpack(contents)
+    onnx_graph.check(model, str(path))
+    sizes = contents.sizes
+    assert sizes is not None  # decoded contents have them
+    bases = {record.name: record.base for record in contents.records if not isinstance(record.base, Shared)}
+    uses = onnx_graph.weight_uses(model)
+    layers, pruned, transformed = [], 0.0, 0
+    for record in contents.records:
+        if record.name not in uses:
+            continue
+        base = bases[record.base.of] if isinstance(record.base, Shared) else record.base
+        layer = _layer(record, base, uses[record.name][0].op_type, contents, sizes.tensors[record.name])
+        layers.append(layer)
+        if layer.tile is not None and layer.winograd_sparsity is not None:
+            count = record.shape[0] * record.shape[1] * (layer.tile + record.shape[2] - 1) ** 2
+            pruned, transformed = pruned + layer.winograd_sparsity * count, transformed + count
+    parameters = _parameters(contents)
+    weights = sum(layer.weights for layer in layers)
+    return ModelInfo(
+        path=str(path),
+        version=container.VERSION,
+        layers=tuple(layers),
+        parameters=parameters,
+        dense_bytes=4 * parameters,
+        file_bytes=sizes.file,
+        ratio=4 * parameters / sizes.file,
+        other_bytes=sizes.streams - sum(layer.bytes for layer in layers),
+        graph_bytes=sizes.graph,
+        index_bytes=sizes.index,
+        spatial_sparsity=1 - sum(layer.nonzeros for layer in layers) / weights if weights else 0.0,
+        winograd_sparsity=pruned / transformed if transformed else None,
+    )
+
+
+def _layer(record: Record, base: Any, operator: str, contents: Contents, size: int) -> LayerInfo:
+    quantised = base if isinstance(base, LayerQuantization) else None
+    values = quantised.dequantize() if quantised else base
+    threshold = contents.winograd.get(record.name)
+    nonzeros = int(np.count_nonzero(values))
+    return LayerInfo(
+        name=record.name,
+        operator=operator,
+        shape=record.shape,
+        weights=values.size,
+        nonzeros=nonzeros,
+        spatial_sparsity=1 - nonzeros / values.size,
+        tile=threshold.tile if threshold else None,
+        # Scale and threshold grow together, so the unscaled weights have the same zeros.
+        winograd_sparsity=threshold.sparsity(values) if threshold else None,
+        step=quantised.step if quantised else None,
+        dithered=quantised is not None and quantised.dither_seed is not None,
+        bytes=size,
+        bits_per_weight=8 * size / values.size,
+        entropy=_entropy(quantised.codes) if quantised else None,
+    )
+
+
+def _entropy(codes: np.ndarray) -> float:
+    counts = np.unique(codes, return_counts=True)[1]
+    shares = counts / codes.size
+    return float(abs(-np.sum(shares * np.log2(shares))))
+
+
+def _parameters(contents: Contents) -> int:
+    """Floating-point tensors of at least one axis, shared ones once."""
+    own = [r for r in contents.records if not isinstance(r.base, Shared)]
+    stored = sum(int(np.prod(r.shape)) for r in own if _is_float(r.base))
+    in_graph = sum(
+        int(np.prod(t.dims)) for t in contents.graph.graph.initializer if t.data_type in _FLOATS and len(t.dims)
+    )
+    return stored + in_graph
+
+
+def _is_float(base: Any) -> bool:
+    return isinstance(base, LayerQuantization) or helper.np_dtype_to_tensor_dtype(base.dtype) in _FLOATS
+
+
+def _table(info: ModelInfo) -> Table:
+    table = Table(title=Text(info.path), show_footer=True)
+    layers = info.layers
+    weights = sum(layer.weights for layer in layers)
+    size = sum(layer.bytes for layer in layers)
+    table.add_column("layer", Text(f"{len(layers)} layers"), overflow="fold")
+    table.add_column("shape", justify="right")
+    table.add_column("zeros", f"{info.spatial_sparsity:.1%}", justify="right")
+    table.add_column("Winograd", _percent(info.winograd_sparsity), justify="right")
+    table.add_column("bits/weight", f"{8 * size / weights:.2f}" if weights else "", justify="right")
+    table.add_column("entropy", justify="right")
+    table.add_column("bytes", f"{size:,}", justify="right")
+    for layer in layers:
+        winograd = _percent(layer.winograd_sparsity) + (f" F({layer.tile})" if layer.tile else "")
+        table.add_row(
+            Text(printable(layer.name)),
+            "x".join(map(str, layer.shape)),
+            f"{layer.spatial_sparsity:.1%}",
+            winograd,
+            f"{layer.bits_per_weight:.2f}",
+            "-" if layer.entropy is None else f"{layer.entropy:.2f}",
+            f"{layer.bytes:,}",
+        )
+    return table
+
+
+def printable(name: str) -> str:
+    """A stranger's name without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -1,0 +1,248 @@
+"""``compress``: prune, quantise and code a trained model in one go, without training or data.
+
+What it cannot do is win the accuracy back: for high sparsity in both domains train with ``JointSparsity`` and ``save``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, numpy_helper
+
+from . import model_file, onnx_graph, winograd_spec
+from .errors import InputError
+from .quantization import LayerQuantization, quantize_array
+
+PathLike = str | os.PathLike[str]
+
+DEFAULT_BITS = 8
+
+
+def compress(
+    source: PathLike | ModelProto,
+    destination: PathLike,
+    *,
+    spatial_sparsity: float = 0.0,
+    winograd_sparsity: float = 0.0,
+    step: float | None = None,
+    bits: int | None = None,
+    dither: bool = False,
+    seed: int = 0,
+    tile: int = 4,
+    weighted: bool = True,
+    network: str | None = None,
+    input_shape: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Compress a model into a ``.jsm`` file.
+
+    Args:
+        source: ``.onnx`` (or a ModelProto), ``.pt2`` (a torch ExportedProgram), or weights alone, ``.safetensors`` or
+            ``.pt`` / ``.pth`` / ``.ckpt`` (a state dict, or one under "state_dict"), which need ``network`` and torch.
+        destination: the file to write.
+        spatial_sparsity: share in [0, 1) of the weights of convolutions and dense layers to zero, the smallest of all
+            layers together.
+        winograd_sparsity: share in [0, 1) of the Winograd weights of 3x3 and 5x5 convolutions of stride and dilation 1
+            to zero: the threshold becomes part of the function in the file.
+        step: of the quantiser, one for all layers, in units of the weights; 0 keeps the weights exact.
+        bits: a step for each layer, such that its largest weight takes the largest code of so many bits (2 to 16).
+            Give ``step`` or ``bits``; without either, 8 bits.
+        dither: dithered quantisation, from ``seed`` (0 to 2^31 - 1).
+        tile: Winograd output tile size. weighted: magnitudes weighted by ``Transform.importance``.
+        network: name of one of the project's networks (``networks.NETWORKS``), for weights alone.
+        input_shape: for a model with open axes, or a network; by default 1 x C x 32 x 32, C as the network has it.
+
+    Raises:
+        InputError: a file that cannot be read, is not what it should be, or contradicts the options.
+    """
+    _check_options(spatial_sparsity, winograd_sparsity, step, bits, seed)
+    model, name = _model(source, network, input_shape)
+    onnx_graph.tidy(model, name)
+    weights = _weights(model)
+    if not weights:
+        raise InputError(f"{name}: no convolution or dense layer with float32 weights; there is nothing to compress")
+    prune(weights, spatial_sparsity)
+    quantised = _quantise(weights, step, bits, seed if dither else None)
+    for key, layer in quantised.items():
+        weights[key] = layer.dequantize()
+    if winograd_sparsity:
+        spec = _winograd(model, weights, winograd_sparsity, tile, weighted, name)
+        onnx_graph.set_metadata(model, winograd_spec.KEY, winograd_spec.dump(spec))
+    tensors = onnx_graph.initializers(model)
+    for key, value in weights.items():
+        tensors[key].CopyFrom(numpy_helper.from_array(value, key))
+    model_file.write(model_file.pack(model, quantised, name), destination)
+
+
+def prune(weights: dict[str, NDArray[np.float32]], sparsity: float) -> None:
+    """Zero, in the dict, the share ``sparsity`` of all weights that has the smallest magnitudes; ties go as well."""
+    total = sum(value.size for value in weights.values())
+    count = round(sparsity * total)
+    if not count:
+        return
+    magnitudes = np.concatenate([np.abs(value).ravel() for value in weights.values()])
+    threshold = np.partition(magnitudes, count - 1)[count - 1]
+    for key, value in weights.items():
+        weights[key] = np.where(np.abs(value) <= threshold, np.float32(0), value)
+
+
+def _check_options(
+    spatial_sparsity: float, winograd_sparsity: float, step: float | None, bits: int | None, seed: int
+) -> None:
+    for label, share in (("spatial", spatial_sparsity), ("Winograd", winograd_sparsity)):
+        if not 0 <= share < 1:
+            raise InputError(f"{label} sparsity {share}: choose a share from 0 to below 1")
+    if step is not None and bits is not None:
+        raise InputError("step and bits contradict each other; give one of them")
+    if step is not None and not 0 <= step < np.inf:
+        raise InputError(f"quantisation step {step}: choose a number above 0, or 0 for exact weights")
+    if bits is not None and not 2 <= bits <= 16:
+        raise InputError(f"{bits} bits: choose 2 to 16")
+    if not 0 <= seed < 2**31:
+        raise InputError(f"seed {seed}: choose 0 to 2^31 - 1")
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def _model(source: PathLike | ModelProto, network: str | None, input_shape: Any) -> tuple[ModelProto, str]:
+    """The model as ONNX with fixed shapes."""
+    suffix = ".onnx" if isinstance(source, ModelProto) else Path(source).suffix.lower()
+    if suffix == ".onnx":
+        model, name = onnx_graph.read(source)
+    elif isinstance(source, ModelProto) or suffix not in (".pt2", ".safetensors", ".pt", ".pth", ".ckpt"):
+        raise InputError(f"{source}: unknown kind of file; give .onnx, .pt2, .safetensors or .pt")
+    else:
+        if not Path(source).is_file():
+            raise InputError(f"{source}: there is no such file; check the path")
+        name = str(source)
+        model = _from_program(Path(source)) if suffix == ".pt2" else _from_weights(Path(source), network, input_shape)
+    onnx_graph.fix_input_shapes(model, model_file.input_shapes(model, input_shape, name), name)
+    return model, name
+
+
+def _from_program(path: Path) -> ModelProto:
+    torch = _torch(path)
+    from . import exporting
+
+    try:
+        program = torch.export.load(path)
+    # Whatever a zip reader or torch's deserialiser finds wrong.
+    except Exception as error:
+        raise InputError(f"{path}: not a torch.export file: {onnx_graph.first_line(error)}") from error
+    return exporting.export_program(program)
+
+
+def _from_weights(path: Path, network: str | None, input_shape: Any) -> ModelProto:
+    """Weights alone: put into one of the project's networks."""
+    torch = _torch(path)
+    from . import exporting
+    from .networks import NETWORKS, build
+
+    if network is None:
+        raise InputError(
+            f"{path}: holds weights but no network; name one of {', '.join(sorted(NETWORKS))}, "
+            "or export the whole model to ONNX"
+        )
+    module = build(network)
+    state = _state(path)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{path}: not the weights of {network}: {problem[:300]}") from None
+    if input_shape is None:
+        first = next(part for part in module.modules() if isinstance(part, torch.nn.Conv2d))
+        input_shape = (1, first.in_channels, 32, 32)
+    if isinstance(input_shape, dict):
+        raise InputError(f"{path}: {network} has one input; give its shape alone")
+    return exporting.export(module, torch.zeros(tuple(input_shape)))
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """A state dict; a pickle may hold tensors only, so that a stranger's file cannot run code."""
+    import torch
+
+    try:
+        if path.suffix.lower() == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # Not a zip, not a pickle, or a pickle of more than tensors: each raises an error of its own.
+    except Exception as error:
+        raise InputError(f"{path}: not a file of weights alone: {onnx_graph.first_line(error)}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"{path}: holds no state dict; save model.state_dict(), or export the model to ONNX")
+    return state
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise InputError(f"{path}: needs torch; pip install 'jointsparse[train]', or give an .onnx file") from None
+    return torch
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _weights(model: ModelProto) -> dict[str, NDArray[np.float32]]:
+    """The float32 weights of convolutions and dense layers (behind a Transpose as well), in the order of the file."""
+    names = set(onnx_graph.weight_uses(model))
+    transposed = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
+    readers = [node for node in model.graph.node if node.op_type in ("Gemm", "MatMul")]
+    names |= {transposed[value] for node in readers for value in node.input if value in transposed}
+    values = {t.name: onnx_graph.array(t) for t in model.graph.initializer if t.name in names}
+    return {key: value for key, value in values.items() if value.dtype == np.float32 and value.size}
+
+
+def _quantise(
+    weights: dict[str, NDArray[np.float32]], step: float | None, bits: int | None, seed: int | None
+) -> dict[str, LayerQuantization]:
+    if step == 0:
+        return {}
+    found = {}
+    for index, (key, value) in enumerate(weights.items()):
+        largest = float(np.abs(value).max()) or 1.0
+        own = largest / (2 ** ((bits or DEFAULT_BITS) - 1) - 1) if step is None else step
+        # Every layer has a stream of its own, as quantize_ gives it.
+        found[key] = quantize_array(value, own, None if seed is None else (index << 32) | seed)
+    return found
+
+
+def _winograd(
+    model: ModelProto,
+    weights: dict[str, NDArray[np.float32]],
+    sparsity: float,
+    tile: int,
+    weighted: bool,
+    name: str,
+) -> winograd_spec.Spec:
+    """One threshold over all layers that a Winograd kernel can run."""
+    uses = onnx_graph.weight_uses(model)
+    layers = [key for key in weights if key in uses and all(_has_winograd(node, weights[key]) for node in uses[key])]
+    if not layers:
+        raise InputError(
+            f"{name}: no 3x3 or 5x5 convolution of stride 1 and dilation 1 to prune in the Winograd domain; "
+            "leave Winograd sparsity out"
+        )
+    magnitudes = [winograd_spec.magnitudes(weights[key], tile, weighted).ravel() for key in layers]
+    threshold = winograd_spec.quantile_threshold(np.sort(np.concatenate(magnitudes)), sparsity)
+    return {key: winograd_spec.LayerThreshold(tile, threshold, weighted) for key in layers}
+
+
+def _has_winograd(node: NodeProto, weight: NDArray[np.float32]) -> bool:
+    ones = [1, 1]
+    return (
+        node.op_type == "Conv"
+        and winograd_spec.is_winograd_shape(weight.shape)
+        and list(onnx_graph.attribute(node, "strides", ones)) == ones
+        and list(onnx_graph.attribute(node, "dilations", ones)) == ones
+    )
