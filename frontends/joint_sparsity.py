@@ -165,11 +165,11 @@ class JointSparsity(nn.Module):
 
     def _advance(self, loss: Tensor | None) -> None:
         """Count the call, measure the loss, refresh thresholds and energies when due."""
+        self._find_supports()
         if loss is not None and self.calls < _CALIBRATION:
             value = float(_mean_over_processes(loss.detach().float()))
-            self.loss_scale = (
-                value if not self.calls else self.loss_scale + (value - self.loss_scale) / (self.calls + 1)
-            )
+            earlier = self.loss_scale if self.calls else 0.0
+            self.loss_scale = earlier + (value - earlier) / (self.calls + 1)
         if self.calls % self.refresh == 0:
             self.update_thresholds()
         self.calls += 1
@@ -249,10 +249,15 @@ class JointSparsity(nn.Module):
         """
         if not self.held:
             return
-        if self._supports is None:  # Resumed from a checkpoint: the weights themselves say what was pruned.
-            self._supports = {x.name: x.weight != 0 for x in self._of("spatial")}
+        self._find_supports()
+        assert self._supports is not None
         for layer in self._of("spatial"):
-            layer.weight.mul_(self._supports[layer.name])
+            layer.weight.masked_fill_(~self._supports[layer.name], 0)
+
+    def _find_supports(self) -> None:
+        """After a checkpoint is loaded the weights themselves say what was pruned, until the next optimiser step."""
+        if self.held and self._supports is None:
+            self._supports = {x.name: x.weight.detach() != 0 for x in self._of("spatial")}
 
     def winograd_spec(self) -> dict[str, dict[str, Any]]:
         """What a compiler needs to prune the present weights in the Winograd domain, by weight name:
