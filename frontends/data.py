@@ -77,13 +77,13 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 def luma(rgb: NDArray[np.uint8]) -> Image:
     """The Y channel of ITU-R BT.601 in [16/255, 235/255] (MATLAB's ``rgb2ycbcr``); grey ones are taken as they are."""
     if rgb.ndim == 2:
-        return rgb.astype(np.float32) / 255
+        return np.asarray(rgb / 255, np.float32)
     y = 16 + rgb[..., :3].astype(np.float64) @ (np.array([65.481, 128.553, 24.966]) / 255)
     return _eight_bits(y / 255)
 
 
 def _eight_bits(image: NDArray[np.floating]) -> Image:
-    return (np.clip(np.round(image * 255), 0, 255) / 255).astype(np.float32)
+    return np.asarray(np.clip(np.round(image * 255), 0, 255) / 255, np.float32)
 
 
 def read_luma(path: Path) -> Image:
@@ -320,9 +320,10 @@ def _jittered(images: NDArray[np.uint8], rng: np.random.Generator, margin: int =
     edge = ((0, 0), (margin, margin), (margin, margin), (0, 0))
     padded = np.pad(images, edge, constant_values=118)
     result = np.empty_like(images)
-    shifts = rng.integers(0, 2 * margin + 1, (count, 2))
+    shifts: list[list[int]] = rng.integers(0, 2 * margin + 1, (count, 2)).tolist()
     mirrors = rng.integers(0, 2, count)
-    for i, ((y, x), mirror) in enumerate(zip(shifts, mirrors, strict=True)):
+    for i in range(count):
+        y, x = shifts[i]
         window = padded[i, y : y + height, x : x + width]
-        result[i] = window[:, ::-1] if mirror else window
+        result[i] = window[:, ::-1] if mirrors[i] else window
     return result

@@ -360,7 +360,7 @@ class _PrunedEnergy(torch.autograd.Function):
         return torch.dot(pruned.reshape(-1), pruned.reshape(-1))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         pruned, matrix = ctx.saved_tensors
         scaled = (2 * grad) * pruned
         return (scaled if matrix is None else scaled @ matrix.T), None, None

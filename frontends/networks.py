@@ -80,7 +80,8 @@ def _initialise_chain(model: nn.Module, residual: bool) -> None:
         nn.init.zeros_(layer.bias)
     if residual:
         with torch.no_grad():
-            layers[-1].weight.mul_(0.1)
+            for parameter in layers[-1].parameters():
+                parameter.mul_(0.1)
 
 
 class _CifarBlock(nn.Module):
@@ -112,6 +113,10 @@ class CifarResNet(nn.Module):
     Raises:
         InputError: where ``depth`` is not 6n + 2.
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
 
     def __init__(self, depth: int = 20, width: int = 16, classes: int = 10) -> None:
         super().__init__()
@@ -162,6 +167,11 @@ class ResNet18(nn.Module):
     ``pool``: each stride-2 3x3 convolution becomes stride 1 followed by max pooling, as the joint-sparsity paper does,
     so that Winograd convolution reaches it. The 1x1 shortcuts keep their stride.
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(self, classes: int = 1000, width: int = 64, stem: str = "imagenet", pool: bool = False) -> None:
         super().__init__()

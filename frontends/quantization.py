@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from .errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 __all__ = [
@@ -223,16 +222,16 @@ def _write(model: nn.Module, quantization: Quantization) -> None:
     with torch.no_grad():
         for name, layer in quantization.layers.items():
             modules[name].weight.copy_(torch.from_numpy(layer.dequantize()))
-            modules[name].quantization = layer  # type: ignore[assignment]
+            modules[name].quantization = layer
 
 
-def _layers(model: nn.Module) -> dict[str, torch.nn.Module]:
-    """Convolutions and linear layers by name, each weight once."""
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """The modules of convolutions and linear layers by name, each weight once."""
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
     seen: set[int] = set()
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, (_ConvNd, nn.Linear)) and id(module.weight) not in seen:
             seen.add(id(module.weight))

@@ -164,7 +164,8 @@ def _section(kind: type, name: str, table: Mapping[str, Any], path: Path) -> Any
 def _value(hint: Any, value: Any, where: str) -> Any:
     """``value`` if it is of the kind ``hint``; whole numbers pass as floats."""
     if isinstance(hint, types.GenericAlias):
-        outer, inner = typing.get_origin(hint), typing.get_args(hint)[-1]
+        outer: Any = typing.get_origin(hint)
+        inner = typing.get_args(hint)[-1]
         if not isinstance(value, outer):
             raise InputError(f"{where} must be a {outer.__name__}, not {value!r}")
         if outer is list:

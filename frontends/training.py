@@ -209,8 +209,11 @@ class _Classification:
         return round(100 * right / len(split.labels), 4)
 
 
-_TASKS = {"super-resolution": _SuperResolution, "classification": _Classification}
 _Task = _SuperResolution | _Classification
+_TASKS: dict[str, type[_SuperResolution] | type[_Classification]] = {
+    "super-resolution": _SuperResolution,
+    "classification": _Classification,
+}
 
 
 @torch.inference_mode()
@@ -255,7 +258,7 @@ class _Trainee(lightning.LightningModule):
 
     def __init__(self, model: nn.Module, task: _Task, plan: Recipe) -> None:
         super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.task = task
         self.plan = plan
         self.total = plan.run.epochs * task.steps()
