@@ -1,0 +1,141 @@
+"""Every convolution is listed, and what stands against a sparse kernel is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relay
+
+from jointsparse.passes.collect_convolutions import CollectConvolutions
+from jointsparse.passes.layers import Worklist
+from tests.passes.relay_nets import HOST
+
+RNG = np.random.default_rng(0)
+
+
+def weight_of(*shape, dtype="float32"):
+    return relay.const(RNG.standard_normal(shape).astype(dtype))
+
+
+def image(*shape, dtype="float32"):
+    return relay.var("x", shape=shape or (1, 4, 8, 8), dtype=dtype)
+
+
+def module(body):
+    return tvm.IRModule.from_expr(relay.Function(relay.analysis.free_vars(body), body))
+
+
+def collect(mod, params=None, target=HOST):
+    worklist = Worklist()
+    CollectConvolutions(worklist, params or {}, tvm.target.Target(target))(mod)
+    return worklist.layers
+
+
+def only_layer(body, params=None, target=HOST):
+    (layer,) = collect(module(body), params, target)
+    return layer
+
+
+def test_a_plain_convolution_is_described():
+    body = relay.nn.conv2d(
+        image(2, 4, 8, 9), weight_of(6, 2, 3, 5), strides=(1, 2), padding=(0, 1, 2, 3), dilation=(2, 1), groups=2
+    )
+    layer = only_layer(body)
+    assert layer.left_alone is None
+    geometry = layer.geometry
+    assert (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width) == (2, 4, 8, 9)
+    assert (geometry.out_channels, geometry.kernel, geometry.groups) == (6, (3, 5), 2)
+    assert (geometry.strides, geometry.padding, geometry.dilation) == ((1, 2), (0, 1, 2, 3), (2, 1))
+    assert layer.output_shape == geometry.out_shape
+    assert "direct" not in layer.unsupported
+    assert layer.unsupported.keys() == {"winograd_f2", "winograd_f4"}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: relay.nn.conv2d(image(1, 8, 8, 4), weight_of(3, 3, 4, 6), data_layout="NHWC", kernel_layout="HWIO",
+                                 kernel_size=(3, 3), channels=6), "layout NHWC"),
+        (lambda: relay.nn.conv2d(image(), weight_of(6, 4, 3, 3), out_layout="NHWC"), "layout NHWC"),
+        (lambda: relay.nn.conv2d(image(dtype="int8"), weight_of(6, 4, 3, 3, dtype="int8"), out_dtype="int32"),
+         "data type int8"),
+        (lambda: relay.nn.conv2d(image(dtype="float16"), weight_of(6, 4, 3, 3, dtype="float16")), "data type float16"),
+        (lambda: relay.nn.conv2d(image(), relay.var("w", shape=(6, 4, 3, 3))), "pass it in params"),
+        (lambda: relay.nn.conv2d(image(), relay.nn.relu(relay.var("w", shape=(6, 4, 3, 3)))), "computed at run time"),
+        (lambda: relay.nn.conv2d(image(relay.Any(), 4, 8, 8), weight_of(6, 4, 3, 3)), "dynamic shape"),
+        (lambda: relay.nn.conv2d_transpose(image(), weight_of(4, 6, 3, 3), kernel_size=(3, 3), channels=6),
+         "nn.conv2d_transpose"),
+        (lambda: relay.nn.conv3d(image(1, 4, 5, 8, 8), weight_of(6, 4, 3, 3, 3)), "nn.conv3d"),
+        (lambda: relay.nn.conv1d(image(1, 4, 8), weight_of(6, 4, 3)), "nn.conv1d"),
+        (lambda: relay.nn.deformable_conv2d(image(), relay.var("o", shape=(1, 18, 6, 6)), weight_of(6, 4, 3, 3),
+                                            kernel_size=(3, 3), channels=6), "nn.deformable_conv2d"),
+    ],
+)  # fmt: skip
+def test_what_no_kernel_does_has_a_reason(make, reason):
+    layer = only_layer(make())
+    assert reason in layer.left_alone
+    assert layer.kernel == "dense"
+
+
+def test_another_layout_of_the_weights_is_read():
+    weight = RNG.standard_normal((3, 5, 4, 6)).astype("float32")
+    layer = only_layer(relay.nn.conv2d(image(), relay.const(weight), kernel_layout="HWIO"))
+    assert layer.left_alone is None
+    assert np.array_equal(layer.weight.value, weight.transpose(3, 2, 0, 1))
+    assert layer.geometry.kernel == (3, 5)
+
+
+def test_a_target_without_sparse_kernels_is_named():
+    assert "cuda" in only_layer(relay.nn.conv2d(image(), weight_of(6, 4, 3, 3)), target="cuda -arch=sm_80").left_alone
+
+
+def test_weights_from_parameters_name_the_layer_and_a_shared_one_numbers_it():
+    weight = relay.var("body.0.weight", shape=(4, 4, 3, 3))
+    body = relay.nn.conv2d(relay.nn.conv2d(image(), weight), weight)
+    value = RNG.standard_normal((4, 4, 3, 3)).astype("float32")
+    first, second = collect(module(body), {"body.0.weight": tvm.nd.array(value)})
+    assert (first.name, second.name) == ("body.0", "body.0#2")
+    assert first.weight.parameter == second.weight.parameter == "body.0.weight"
+    assert np.array_equal(first.weight.value, value)
+
+
+def test_what_batch_norm_left_on_a_weight_is_its_scale():
+    weight = relay.var("w", shape=(6, 4, 3, 3))
+    backward = relay.const(np.arange(1, 7, dtype="float32").reshape(6, 1, 1, 1))
+    forward = relay.const(np.arange(1, 5, dtype="float32").reshape(4, 1, 1))
+    value = RNG.standard_normal((6, 4, 3, 3)).astype("float32")
+    body = relay.nn.conv2d(image(), relay.multiply(forward, relay.multiply(weight, backward)))
+    layer = only_layer(body, {"w": value})
+    assert np.array_equal(layer.weight.stored, value)
+    np.testing.assert_allclose(
+        layer.weight.value, value * backward.data.numpy() * forward.data.numpy(), rtol=1e-6, atol=0
+    )
+
+
+def test_a_parameter_of_another_shape_is_refused():
+    body = relay.nn.conv2d(image(), relay.var("w", shape=(6, 4, 3, 3)))
+    with pytest.raises(ValueError, match=r"params\['w'\] has shape \(6, 4, 1, 1\)"):
+        only_layer(body, {"w": np.zeros((6, 4, 1, 1), "float32")})
+
+
+def test_zero_weights_are_counted():
+    weight = np.zeros((6, 4, 3, 3), "float32")
+    weight[:3] = 1
+    assert only_layer(relay.nn.conv2d(image(), relay.const(weight))).spatial_sparsity == 0.5
+
+
+def test_convolutions_in_nested_and_other_functions_are_listed_and_left_alone():
+    inner_data = relay.var("d", shape=(1, 4, 8, 8))
+    inner = relay.Function([inner_data], relay.nn.conv2d(inner_data, weight_of(4, 4, 1, 1)))
+    partition = inner.with_attr("Compiler", "dnnl").with_attr("Primitive", 1)
+    x = image()
+    body = relay.nn.conv2d(relay.Call(partition, [x]), weight_of(4, 4, 3, 3))
+    mod = tvm.IRModule(
+        {"main": relay.Function([x], body), "zz": inner, "external": inner.with_attr("Compiler", "dnnl")}
+    )
+    in_partition, in_main, in_external, in_zz = collect(mod)
+    assert in_partition.left_alone == "inside a nested function"
+    assert in_main.left_alone is None
+    assert in_zz.left_alone == "in function @zz: only @main is rewritten"
+    assert in_external.left_alone == "function @external is compiled by dnnl"

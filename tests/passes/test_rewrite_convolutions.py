@@ -1,0 +1,78 @@
+"""Only what was chosen is rewritten."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relay
+
+from jointsparse.passes.collect_convolutions import CollectConvolutions
+from jointsparse.passes.convolutions import find_convolutions
+from jointsparse.passes.layers import Worklist
+from jointsparse.passes.prune_winograd import PruneWinograd
+from jointsparse.passes.rewrite_convolutions import RewriteConvolutions
+from tests.passes.relay_nets import HOST
+
+RNG = np.random.default_rng(0)
+TARGET = tvm.target.Target(HOST)
+
+
+def convolution(x):
+    return relay.nn.conv2d(x, relay.const(RNG.standard_normal((4, 4, 3, 3)).astype("float32")), padding=(1, 1))
+
+
+def collected(mod):
+    worklist = Worklist()
+    mod = PruneWinograd(worklist)(CollectConvolutions(worklist, {}, TARGET)(mod))
+    return worklist, mod
+
+
+def operators(mod):
+    return [found.op for found in find_convolutions(mod)]
+
+
+def test_each_layer_becomes_the_operator_chosen():
+    x = relay.var("x", shape=(1, 4, 8, 8))
+    body = convolution(relay.nn.relu(convolution(convolution(x))))
+    worklist, mod = collected(tvm.IRModule.from_expr(body).with_attr("note", "kept"))
+    worklist.layers[0].kernel = "direct"
+    worklist.layers[2].kernel = "winograd_f2"
+    result = RewriteConvolutions(worklist, TARGET)(mod)
+    assert operators(result) == [
+        "jointsparse.conv2d_sparse_direct", "nn.conv2d", "jointsparse.conv2d_sparse_winograd"
+    ]  # fmt: skip
+    assert operators(mod) == ["nn.conv2d"] * 3
+    assert result.get_attr("note") == "kept"
+    tvm.ir.assert_structural_equal(result["main"].checked_type, relay.transform.InferType()(mod)["main"].checked_type)
+
+
+def test_nothing_chosen_hands_the_module_back():
+    worklist, mod = collected(tvm.IRModule.from_expr(convolution(relay.var("x", shape=(1, 4, 8, 8)))))
+    assert RewriteConvolutions(worklist, TARGET)(mod).same_as(mod)
+
+
+def test_a_worklist_of_another_module_is_refused():
+    x = relay.var("x", shape=(1, 4, 8, 8))
+    worklist, _ = collected(tvm.IRModule.from_expr(convolution(x)))
+    with pytest.raises(ValueError, match="another module"):
+        RewriteConvolutions(worklist, TARGET)(tvm.IRModule.from_expr(convolution(convolution(x))))
+
+
+def test_depth_is_no_limit():
+    body = relay.var("x", shape=(1, 4, 8, 8))
+    convolutions = 600
+    for _ in range(convolutions):
+        body = relay.nn.relu(convolution(body))
+    worklist, mod = collected(tvm.IRModule.from_expr(body))
+    for layer in worklist.layers:
+        layer.kernel = "direct"
+    assert set(operators(RewriteConvolutions(worklist, TARGET)(mod))) == {"jointsparse.conv2d_sparse_direct"}
+
+
+def test_branches_that_share_a_convolution_still_share_it():
+    shared = convolution(relay.var("x", shape=(1, 4, 8, 8)))
+    body = relay.add(relay.nn.relu(shared), relay.tanh(shared))
+    worklist, mod = collected(tvm.IRModule.from_expr(body))
+    worklist.layers[0].kernel = "direct"
+    assert len(operators(RewriteConvolutions(worklist, TARGET)(mod))) == 1
