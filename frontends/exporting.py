@@ -64,14 +64,6 @@ def export(module: torch.nn.Module, example_input: Any, exporter: str = "auto") 
     raise InputError(f"{type(module).__name__} cannot be exported to ONNX ({'; '.join(failures)}); change the module")
 
 
-def export_program(program: torch.export.ExportedProgram) -> ModelProto:
-    """An exported program to ONNX, as ``export``."""
-    import torch
-
-    with _quiet():
-        return _finish(torch.onnx.export(program, dynamo=True, optimize=False, verbose=False))
-
-
 def _by_torchscript(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> ModelProto:
     import torch
 

@@ -40,8 +40,8 @@ def compress(
     """Compress a model into a ``.jsm`` file.
 
     Args:
-        source: ``.onnx`` (or a ModelProto), ``.pt2`` (a torch ExportedProgram), or weights alone, ``.safetensors`` or
-            ``.pt`` / ``.pth`` / ``.ckpt`` (a state dict, or one under "state_dict"), which need ``network`` and torch.
+        source: ``.onnx`` (or a ModelProto), or weights alone, which need ``network`` and torch: ``.safetensors``, or
+            ``.pt`` / ``.pth`` / ``.ckpt`` with a state dict, or one under "state_dict".
         destination: the file to write.
         spatial_sparsity: share in [0, 1) of the weights of convolutions and dense layers to zero, the smallest of all
             layers together.
@@ -113,27 +113,16 @@ def _model(source: PathLike | ModelProto, network: str | None, input_shape: Any)
     suffix = ".onnx" if isinstance(source, ModelProto) else Path(source).suffix.lower()
     if suffix == ".onnx":
         model, name = onnx_graph.read(source)
-    elif isinstance(source, ModelProto) or suffix not in (".pt2", ".safetensors", ".pt", ".pth", ".ckpt"):
-        raise InputError(f"{source}: unknown kind of file; give .onnx, .pt2, .safetensors or .pt")
+    elif isinstance(source, ModelProto) or suffix not in (".safetensors", ".pt", ".pth", ".ckpt"):
+        # torch.export.load and torch.jit.load are not on offer: a stranger's file can make the first run any code.
+        raise InputError(f"{source}: unknown kind of file; give .onnx, .safetensors or .pt (weights alone)")
     else:
         if not Path(source).is_file():
             raise InputError(f"{source}: there is no such file; check the path")
         name = str(source)
-        model = _from_program(Path(source)) if suffix == ".pt2" else _from_weights(Path(source), network, input_shape)
+        model = _from_weights(Path(source), network, input_shape)
     onnx_graph.fix_input_shapes(model, model_file.input_shapes(model, input_shape, name), name)
     return model, name
-
-
-def _from_program(path: Path) -> ModelProto:
-    torch = _torch(path)
-    from . import exporting
-
-    try:
-        program = torch.export.load(path)
-    # Whatever a zip reader or torch's deserialiser finds wrong.
-    except Exception as error:
-        raise InputError(f"{path}: not a torch.export file: {onnx_graph.first_line(error)}") from error
-    return exporting.export_program(program)
 
 
 def _from_weights(path: Path, network: str | None, input_shape: Any) -> ModelProto:
