@@ -197,7 +197,7 @@ def _weight(call: relay.Call, op: str, params: Mapping[str, Any]) -> tuple[Weigh
         return None, f"no weights at hand: {name} is an input of the module; pass it in params"
     else:
         stored = _array(params[name])
-        if stored.shape != _shape(expression):
+        if _shape(expression) not in (None, stored.shape):
             raise ValueError(f"params[{name!r}] has shape {stored.shape}, the module wants {_shape(expression)}")
     axes = _oihw(call.attrs.kernel_layout)
     return Weight(_ordered(stored, axes), _ordered(scale, axes), name), None

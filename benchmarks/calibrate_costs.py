@@ -1,0 +1,185 @@
+"""Measure the kernels on this machine and fit the cost model's coefficients.
+
+    TVM_NUM_THREADS=1 python benchmarks/calibrate_costs.py [--target "llvm -mcpu=..."] [--json FILE]
+
+Each kernel runs alone, as a library of one convolution, on one thread; the figure is the least of many runs, because
+whatever else the machine does only ever adds time. The fit is by non-negative least squares of the relative error.
+It prints the coefficients for ``passes/costs.py`` and how far they are off on the layers measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("TVM_NUM_THREADS", "1")
+os.environ.setdefault("TOPHUB_LOCATION", "NONE")
+
+import numpy as np
+import tvm
+from scipy.optimize import nnls
+from tvm import relay
+from tvm.contrib import graph_executor
+
+from jointsparse.passes.costs import Coefficients, counts, family, kind
+from jointsparse.passes.plan import DENSE, DIRECT, TILE, WINOGRAD
+from jointsparse.schedules.geometry import ConvGeometry
+from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd, why_not_winograd
+from jointsparse.schedules.targets import cpu_facts
+
+# What each kind of kernel is charged for.
+TERMS = {
+    "dense": ("macs", "inputs", "outputs", "weights", "fixed"),
+    "dense_1x1": ("macs", "inputs", "outputs", "weights", "fixed"),
+    "dense_grouped": ("macs", "inputs", "outputs", "weights", "fixed"),
+    "depthwise": ("macs", "inputs", "outputs", "fixed"),
+    "direct": ("vectors", "entries", "rows", "packed", "outputs", "fixed"),
+    "winograd_f2": ("vectors", "entries", "rows", "packed", "inputs", "outputs", "fixed"),
+    "winograd_f4": ("vectors", "entries", "rows", "packed", "inputs", "outputs", "fixed"),
+}
+
+SPARSITIES = (0.0, 0.5, 0.8, 0.95)
+
+
+def square(channels: int, filters: int, size: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> ConvGeometry:
+    """A convolution with "same" padding."""
+    pad = kernel // 2
+    return ConvGeometry(
+        1, channels, size, size, filters, (kernel, kernel), (stride, stride), (pad, pad, pad, pad), groups=groups
+    )
+
+
+# Shapes of ResNet-18 and CIFAR ResNet, VGG, VDSR and CT-SRCNN, GoogLeNet, AlexNet and MobileNet.
+LAYERS = (
+    square(64, 64, 56),
+    square(128, 128, 28),
+    square(256, 256, 14),
+    square(512, 512, 7),
+    square(16, 16, 32),
+    square(64, 64, 8),
+    square(32, 32, 180),
+    square(64, 64, 256),
+    square(192, 96, 27),
+    square(64, 64, 27, 5),
+    square(32, 32, 96, 5),
+    square(96, 24, 14, 5),
+    square(64, 128, 56, stride=2),
+    square(256, 512, 14, stride=2),
+    square(3, 64, 224, 7, 2),
+    square(1, 64, 180, 9),
+    square(64, 64, 56, 1),
+    square(256, 256, 14, 1),
+    square(480, 192, 14, 1),
+    square(64, 128, 56, 1, 2),
+    square(96, 256, 27, 5, groups=2),
+    square(64, 64, 56, groups=4),
+    square(32, 32, 112, groups=32),
+    square(256, 256, 14, groups=256),
+)
+
+
+def library(kernel: str, geometry: ConvGeometry, sparsity: float, target: tvm.target.Target):
+    """A build of one convolution, and how many weights it multiplies by."""
+    rng = np.random.default_rng(0)
+    shape = geometry.weight_shape
+    if kernel in TILE:
+        n = TILE[kernel] + geometry.kernel[0] - 1
+        shape = (*shape[:2], n, n)
+    weight = rng.standard_normal(shape).astype(np.float32)
+    weight[rng.random(shape) < sparsity] = 0
+    data_shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
+    data = relay.var("x", shape=data_shape)
+    if kernel == DENSE:
+        body = relay.nn.conv2d(
+            data,
+            relay.const(weight),
+            strides=geometry.strides,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+        )
+    elif kernel == DIRECT:
+        body = conv2d_sparse_direct(data, weight, geometry, target)
+    else:
+        body = conv2d_sparse_winograd(data, weight, geometry, TILE[kernel])
+    # As in a network: with the usual epilogue.
+    body = relay.nn.relu(body)
+    with tvm.transform.PassContext(opt_level=3):
+        built = relay.build(tvm.IRModule.from_expr(body), target=target)
+    return built, data_shape, weight.size if kernel == DENSE else int(np.count_nonzero(weight))
+
+
+def seconds(built, data_shape: tuple[int, ...], repeat: int) -> float:
+    """The least time of one run."""
+    device = tvm.cpu()
+    executor = graph_executor.GraphModule(built["default"](device))
+    executor.set_input("x", np.random.default_rng(1).standard_normal(data_shape).astype(np.float32))
+    timer = executor.module.time_evaluator("run", device, number=1, repeat=3)
+    number = max(1, int(0.005 / timer().min))
+    return float(executor.module.time_evaluator("run", device, number=number, repeat=repeat)().min)
+
+
+def measurements(target: tvm.target.Target, repeat: int) -> Iterator[dict]:
+    """One record for each layer, kernel and sparsity."""
+    for geometry in LAYERS:
+        kernels = [DENSE, DIRECT, *(k for m, k in WINOGRAD.items() if why_not_winograd(geometry, m) is None)]
+        for kernel in kernels:
+            for sparsity in SPARSITIES if kernel != DENSE else (0.0,):
+                built, shape, nonzeros = library(kernel, geometry, sparsity, target)
+                record = {
+                    "kernel": kernel,
+                    "geometry": geometry,
+                    "sparsity": sparsity,
+                    "nonzeros": nonzeros,
+                    "seconds": seconds(built, shape, repeat),
+                }
+                print(
+                    f"{kernel:12} {geometry.weight_shape} at {geometry.in_height}x{geometry.in_width}, stride "
+                    f"{geometry.strides[0]}, {sparsity:.0%} zeros: {1e3 * record['seconds']:.3f} ms",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                yield record
+
+
+def fit(records: list[dict], target: tvm.target.Target) -> tuple[Coefficients, dict[str, float]]:
+    """Coefficients by kind of kernel, and the mean relative error of each."""
+    cpu = cpu_facts(target)
+    coefficients, errors = {}, {}
+    for name, terms in TERMS.items():
+        mine = [r for r in records if kind(r["kernel"], r["geometry"]) == name]
+        rows = [counts(r["kernel"], r["geometry"], r["nonzeros"], cpu) for r in mine]
+        nanoseconds = np.array([1e9 * r["seconds"] for r in mine])
+        amounts = np.array([[row[term] for term in terms] for row in rows], float) / nanoseconds[:, None]
+        # Columns of like size, for the solver's sake.
+        scale = np.linalg.norm(amounts, axis=0)
+        solution = nnls(amounts / scale, np.ones(len(mine)))[0] / scale
+        coefficients[name] = {t: float(f"{x:.3g}") for t, x in zip(terms, solution, strict=True) if x > 0}
+        errors[name] = float(np.mean(np.abs(amounts @ solution - 1)))
+    return coefficients, errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default=f"llvm -mcpu={tvm.target.codegen.llvm_get_system_cpu()}")
+    parser.add_argument("--repeat", type=int, default=30, help="timings of about 5 ms, of which the least counts")
+    parser.add_argument("--json", type=Path, help="write every measurement here")
+    arguments = parser.parse_args()
+    target = tvm.target.Target(arguments.target)
+    records = list(measurements(target, arguments.repeat))
+    if arguments.json:
+        plain = [r | {"geometry": vars(r["geometry"])} for r in records]
+        arguments.json.write_text(json.dumps(plain, indent=1))
+    coefficients, errors = fit(records, target)
+    print(f'    "{family(cpu_facts(target), {"avx512": {}, "avx2": {}, "sse": {}, "neon": {}})}": {{')
+    for name, terms in coefficients.items():
+        print(f'        "{name}": {json.dumps(terms)},  # mean error {errors[name]:.0%}')
+    print("    },")
+
+
+if __name__ == "__main__":
+    main()
