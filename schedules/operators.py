@@ -22,7 +22,7 @@ from tvm import relay, te
 from tvm.relay.op import op as relay_op
 
 from . import llvm_workaround, x86
-from .blocking import direct_blocking, direct_panel, winograd_blocking
+from .blocking import WinogradBlocking, direct_blocking, direct_panel, winograd_blocking
 from .formats import SparseRows, pack_direct, pack_winograd
 from .geometry import ConvGeometry
 from .layouts import PhaseLayout, direct_layout
@@ -87,8 +87,10 @@ def conv2d_sparse_winograd(
     _refuse(why_not_winograd(geometry, m))
     n = m + geometry.kernel[0] - 1
     if tuple(winograd_weight.shape[2:]) != (n, n):
-        raise ValueError(f"F({m}x{m}) of a {geometry.kernel[0]}x{geometry.kernel[1]} filter is {n} x {n}, got "
-                         f"{tuple(winograd_weight.shape)}")
+        raise ValueError(
+            f"F({m}x{m}) of a {geometry.kernel[0]}x{geometry.kernel[1]} filter is {n} x {n}, got "
+            f"{tuple(winograd_weight.shape)}"
+        )
     return _call(WINOGRAD, data, pack_winograd(winograd_weight, geometry), geometry, tile=m)
 
 
@@ -150,18 +152,25 @@ def _direct_layout(attrs: tvm.ir.Attrs) -> PhaseLayout:
     return direct_layout(_geometry(attrs), rows, cols)
 
 
-def _compute_direct(
-    attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target
-) -> list[te.Tensor]:
+def _winograd_blocking(attrs: tvm.ir.Attrs, target: tvm.target.Target) -> WinogradBlocking:
+    return winograd_blocking(_geometry(attrs), int(attrs["tile"]), cpu_facts(target))
+
+
+def _compute_direct(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
     layout = _direct_layout(attrs)
-    return [sparse_direct(*inputs, _geometry(attrs), layout, direct_panel(layout, cpu_facts(target)))]
+    return sparse_direct(*inputs, _geometry(attrs), layout, direct_panel(layout, cpu_facts(target)))
 
 
-def _compute_winograd(
-    attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target
-) -> list[te.Tensor]:
-    geometry, m = _geometry(attrs), int(attrs["tile"])
-    return [sparse_winograd(*inputs, geometry, m, winograd_blocking(geometry, m, cpu_facts(target)))]
+def _schedule_direct(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
+    return x86.schedule_direct(outs, _direct_layout(attrs), target)
+
+
+def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
+    return sparse_winograd(*inputs, _geometry(attrs), int(attrs["tile"]), _winograd_blocking(attrs, target))
+
+
+def _schedule_winograd(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
+    return x86.schedule_winograd(outs, _winograd_blocking(attrs, target).layout, int(attrs["tile"]), target)
 
 
 def _register(name: str, description: str, compute: Any, schedule: Any) -> None:
@@ -180,15 +189,17 @@ def _register(name: str, description: str, compute: Any, schedule: Any) -> None:
     operator.set_support_level(10)
     relay_op.register_pattern(name, relay_op.OpPattern.OUT_ELEMWISE_FUSABLE)
     relay_op.register_stateful(name, False)
-    relay_op.register_mixed_precision_conversion(name, lambda call, dtype: [_MIXED_PRECISION_NEVER, "float32", "float32"])
+    relay_op.register_mixed_precision_conversion(
+        name, lambda call, dtype: [_MIXED_PRECISION_NEVER, "float32", "float32"]
+    )
 
     @tvm.target.override_native_generic_func(f"{name}.strategy")
     def strategy(attrs, inputs, out_type, target):  # type: ignore[no-untyped-def]
         _refuse(why_not_target(target))
         implementation = relay_op.OpStrategy()
         implementation.add_implementation(
-            lambda attrs, inputs, out_type: compute(attrs, inputs, target),
-            lambda attrs, outs, target: schedule(outs, target),
+            lambda attrs, inputs, out_type: [compute(attrs, inputs, target)],
+            schedule,
             name=f"{name}.cpu",
         )
         return implementation
@@ -196,6 +207,6 @@ def _register(name: str, description: str, compute: Any, schedule: Any) -> None:
     relay_op.register_strategy(name, strategy)
 
 
-_register(DIRECT, "Sparse direct convolution.", _compute_direct, x86.schedule_direct)
-_register(WINOGRAD, "Sparse Winograd convolution.", _compute_winograd, x86.schedule_winograd)
+_register(DIRECT, "Sparse direct convolution.", _compute_direct, _schedule_direct)
+_register(WINOGRAD, "Sparse Winograd convolution.", _compute_winograd, _schedule_winograd)
 llvm_workaround.apply()

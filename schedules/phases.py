@@ -7,6 +7,8 @@ from tvm import te, tir
 from .geometry import ConvGeometry
 from .layouts import PhaseLayout
 
+TAG = "jointsparse."
+"""How the tags of all our stages begin."""
 PADDED = "jointsparse.padded"
 PLANES = "jointsparse.planes"
 
@@ -53,3 +55,12 @@ def pack(
         name="planes",
         tag=PLANES,
     )
+
+
+def unbounded(index: tir.PrimExpr) -> tir.PrimExpr:
+    """The same index, its range hidden from TVM's bound inference.
+
+    A kernel must compute whole vectors although the last lanes are read by nobody; with the range in sight TVM would
+    cut them off and put a condition into every vector loop. The operation is gone in the machine code.
+    """
+    return tir.bitwise_or(index, tir.const(0, "int32"))

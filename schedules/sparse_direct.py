@@ -58,7 +58,7 @@ def sparse_direct(
     )
 
     def pixel(n: tir.Var, k: tir.Var, h: tir.Var, w: tir.Var) -> tir.PrimExpr:
-        place = tir.floormod(h, layout.rows) * plane_cols + tir.floormod(w, layout.cols)
+        place = phases.unbounded(tir.floormod(h, layout.rows) * plane_cols + tir.floormod(w, layout.cols))
         return products[n, h // layout.rows, w // layout.cols, k, place // panel, tir.floormod(place, panel)]
 
     return te.compute(geometry.out_shape, pixel, name="output", tag=OUTPUT)

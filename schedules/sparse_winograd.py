@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-import tvm
 from tvm import te, tir
 
 from . import phases
@@ -41,6 +40,7 @@ def sparse_winograd(
     Args:
         data: (N, C, H, W) float32. values, indices, indptr: SparseRows of formats.pack_winograd.
         m: output tile size.
+        blocking: tiles computed at a time.
 
     Returns:
         (N, K, output height, output width).
@@ -53,15 +53,15 @@ def sparse_winograd(
 
     tile = _tiles(data, geometry, m, n_tile, blocking)
     columns = te.compute(
-        (*blocks, channels, blocking.tiles, n_tile, n_tile),
-        lambda n, by, bx, c, t, u, j: linear_map(matrices.BT, u, lambda i: tile(n, by, bx, c, i, j, t)),
+        (*blocks, channels, n_tile, n_tile, blocking.tiles),
+        lambda n, by, bx, c, u, j, t: linear_map(matrices.BT, u, lambda i: tile(n, by, bx, c, i, j, t)),
         name="input_columns",
         tag=INPUT_COLUMNS,
     )
     inputs = te.compute(
         (*blocks, n_tile, n_tile, channels, blocking.panels, panel),
         lambda n, by, bx, u, v, c, po, pi: linear_map(
-            matrices.BT, v, lambda j: columns[n, by, bx, c, po * panel + pi, u, j]
+            matrices.BT, v, lambda j: columns[n, by, bx, c, u, j, po * panel + pi]
         ),
         name="inputs",
         tag=INPUT,
@@ -80,25 +80,35 @@ def sparse_winograd(
         (*blocks, n_tile, n_tile, filters, blocking.panels, panel), product, name="products", tag=PRODUCTS
     )
     rows = te.compute(
-        (*blocks, filters, blocking.tiles, m, n_tile),
-        lambda n, by, bx, k, t, i, v: linear_map(
+        (*blocks, filters, m, n_tile, blocking.tiles),
+        lambda n, by, bx, k, i, v, t: linear_map(
             matrices.AT, i, lambda u: products[n, by, bx, u, v, k, t // panel, tir.floormod(t, panel)]
         ),
         name="output_rows",
         tag=OUTPUT_ROWS,
     )
     tiles = te.compute(
-        (*blocks, filters, m, m, blocking.tiles),
-        lambda n, by, bx, k, i, j, t: linear_map(matrices.AT, j, lambda v: rows[n, by, bx, k, t, i, v]),
+        (*blocks, filters, m, m, blocking.panels, panel),
+        lambda n, by, bx, k, i, j, po, pi: linear_map(
+            matrices.AT, j, lambda v: rows[n, by, bx, k, i, v, po * panel + pi]
+        ),
         name="output_tiles",
         tag=OUTPUT_TILES,
     )
 
     def pixel(n: tir.Var, k: tir.Var, h: tir.Var, w: tir.Var) -> tir.PrimExpr:
         tile_row, tile_col = h // m, w // m
-        t = tir.floormod(tile_row, layout.rows) * blocking.width + tir.floormod(tile_col, layout.cols)
-        block = (tile_row // layout.rows, tile_col // layout.cols)
-        return tiles[n, block[0], block[1], k, tir.floormod(h, m), tir.floormod(w, m), t]
+        t = phases.unbounded(tir.floormod(tile_row, layout.rows) * blocking.width + tir.floormod(tile_col, layout.cols))
+        return tiles[
+            n,
+            tile_row // layout.rows,
+            tile_col // layout.cols,
+            k,
+            tir.floormod(h, m),
+            tir.floormod(w, m),
+            t // panel,
+            tir.floormod(t, panel),
+        ]
 
     return te.compute(geometry.out_shape, pixel, name="output", tag=OUTPUT)
 
@@ -135,7 +145,7 @@ def linear_map(matrix: Matrix, row: tir.PrimExpr, operand: Callable[[int], tir.P
     choices = [_combination(matrix, r, operand) for r in range(len(matrix))]
     result = choices[-1]
     for r in reversed(range(len(matrix) - 1)):
-        result = tir.Select(tvm.tir.EQ(row, tir.const(r, "int32")), choices[r], result)
+        result = tir.if_then_else(tir.EQ(row, tir.const(r, "int32")), choices[r], result)
     return result
 
 
@@ -161,7 +171,7 @@ def _combination(matrix: Matrix, r: int, operand: Callable[[int], tir.PrimExpr])
 def _row_pair(matrix: Matrix, r: int) -> tuple[Sequence[Fraction], Sequence[Fraction], int] | None:
     """Row r as ``even + sign * odd`` where a neighbouring row is ``even - sign * odd``, else None."""
     for first in (r - 1, r):
-        if 0 <= first and first + 1 < len(matrix):
+        if first >= 0 and first + 1 < len(matrix):
             half_sum = [(a + b) / 2 for a, b in zip(matrix[first], matrix[first + 1], strict=True)]
             half_difference = [(a - b) / 2 for a, b in zip(matrix[first], matrix[first + 1], strict=True)]
             disjoint = all(not (a and b) for a, b in zip(half_sum, half_difference, strict=True))
@@ -172,20 +182,18 @@ def _row_pair(matrix: Matrix, r: int) -> tuple[Sequence[Fraction], Sequence[Frac
 
 def _columns_pair(matrix: Matrix, column: int) -> bool:
     """Whether a column and the next are equal up to the signs of their entries, and nowhere zero."""
-    return column + 1 < len(matrix[0]) and all(row[column] and abs(row[column]) == abs(row[column + 1]) for row in matrix)
+    if column + 1 >= len(matrix[0]):
+        return False
+    return all(row[column] and abs(row[column]) == abs(row[column + 1]) for row in matrix)
 
 
-def _terms(
-    weights: Sequence[Fraction], operand: Callable[[int], tir.PrimExpr]
-) -> list[tuple[Fraction, tir.PrimExpr]]:
+def _terms(weights: Sequence[Fraction], operand: Callable[[int], tir.PrimExpr]) -> list[tuple[Fraction, tir.PrimExpr]]:
     return [(weight, operand(i)) for i, weight in enumerate(weights) if weight]
 
 
 def _weighted_sum(terms: Sequence[tuple[Fraction, tir.PrimExpr]]) -> tir.PrimExpr:
     total: tir.PrimExpr | None = None
-    for weight, value in terms:
-        if not weight:
-            continue
+    for weight, value in sorted((t for t in terms if t[0]), key=lambda t: t[0] < 0):  # start with a positive one
         term = value if abs(weight) == 1 else value * tir.const(float(abs(weight)), "float32")
         if total is None:
             total = term if weight > 0 else tir.const(0, "float32") - term
