@@ -175,6 +175,8 @@ def _bind_books(records: tuple[Record, ...]) -> tuple[list[Book], dict[str, int]
         if isinstance(record.base, LayerQuantization) and record.base.codebook is not None:
             pairs = zip(np.unique(record.base.codes).tolist(), record.base.codebook, strict=True)
             own = {code: value for code, value in pairs if code}
+            if not own:
+                continue
             fitting = (i for i, book in enumerate(books) if all(book.get(c, v) == v for c, v in own.items()))
             number = next(fitting, len(books))
             if number == len(books):
@@ -213,7 +215,7 @@ def _describe_codes(quantised: LayerQuantization) -> tuple[dict[str, Any], bytes
     codes = np.asarray(quantised.codes)
     width = next(w for w in (1, 2, 4) if codes.size == 0 or _fits(codes, w))
     planes = codes.astype(f"<i{width}").reshape(-1, 1).view(np.uint8).T
-    entry: dict[str, Any] = {"kind": "codes", "width": width, "step": float(quantised.step)}
+    entry: dict[str, Any] = {"kind": "codes", "width": width, "step": float(np.float32(quantised.step))}
     if quantised.dither_seed is not None:
         entry["seed"] = int(quantised.dither_seed)
     return entry, planes.tobytes()
