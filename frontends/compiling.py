@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from .target_strings import find_compiler, parse_target
 if TYPE_CHECKING:
     from ..passes.plan import Plan
 
-DOMAINS = ("auto", "spatial", "winograd", "dense")
+Shapes = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 
 
 def compile_model(
@@ -27,6 +27,7 @@ def compile_model(
     winograd_sparsity: float = 0.0,
     cross_compiler: str | None = None,
     tuning_records: Path | None = None,
+    input_shapes: Shapes | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Plan:
     """Compile a .jsm or .onnx file for `target` into `output`, a package that ``tvmc run`` runs too.
@@ -34,10 +35,11 @@ def compile_model(
     Args:
         model: a .jsm or .onnx file. target: as ``target_strings.parse_target`` takes it.
         output: the PACKAGE.tar to write.
-        domain: where the zeros are used: one of DOMAINS.
+        domain: where the zeros are used: auto, spatial, winograd or dense, as in ``passes.sparsify``.
         winograd_sparsity: share in [0, 1) of Winograd weights to prune in a model that carries no threshold.
         cross_compiler: C++ compiler that links for a foreign target.
         tuning_records: a log of auto_scheduler or AutoTVM, applied while building.
+        input_shapes: for inputs of an ONNX model with open axes: by name, or the shape of the one input.
         progress: told the name of each stage as it starts.
 
     Returns:
@@ -47,10 +49,12 @@ def compile_model(
         InputError: for a bad model, target, compiler, log or output.
     """
     check_output(output)
+    if not 0 <= winograd_sparsity < 1:
+        raise InputError(f"winograd sparsity {winograd_sparsity}: must be at least 0 and below 1")
     tvm_target = parse_target(target)
     compiler = find_compiler(tvm_target, cross_compiler)
     progress(f"reading {model}")
-    mod, params = read_model(model)
+    mod, params = read_model(model, input_shapes)
 
     # After reading, so that a missing or broken file is reported in no time.
     import tvm
@@ -74,20 +78,28 @@ def compile_model(
     return plan
 
 
-def read_model(path: Path) -> tuple[Any, dict[str, Any]]:
+def read_model(path: Path, input_shapes: Shapes | None = None) -> tuple[Any, dict[str, Any]]:
     """Relay module and parameters of a .jsm or .onnx file.
 
     Raises:
-        InputError: if it is neither, or is broken.
+        InputError: if it is neither, or is broken, or the shapes do not suit it.
     """
-    from . import from_onnx, load
+    from . import from_onnx, load, onnx_graph
+    from .model_file import input_shapes as by_name
 
-    readers = {".jsm": load, ".onnx": from_onnx}
-    if path.suffix not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in (".jsm", ".onnx"):
         raise InputError(f"{path}: not a .jsm or .onnx file; export the model to ONNX or compress it first")
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    return readers[path.suffix](path)
+        raise InputError(f"{path}: there is no such file; check the path")
+    if input_shapes is None:
+        return load(path) if suffix == ".jsm" else from_onnx(path)
+    if suffix == ".jsm":
+        raise InputError(
+            f"{path}: its shapes were fixed when it was saved; give shapes to jointsparse compress instead"
+        )
+    proto, name = onnx_graph.read(path)
+    return from_onnx(path, by_name(proto, input_shapes, name))
 
 
 @contextmanager
@@ -123,5 +135,6 @@ def _readable(read: Callable[[], list[Any]]) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if "error" in line.lower()]
-    return (lines or str(error).splitlines() or ["no message"])[0].strip()
+    """The first line of a compiler's output that speaks of an error; TVM puts a heading above it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() not in ("", "Compilation error:")]
+    return next((line for line in lines if "error" in line.lower()), (lines or ["it said nothing"])[0])

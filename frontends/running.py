@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,6 @@ from .outputs import replacing
 
 if TYPE_CHECKING:
     from tvm.driver.tvmc.model import TVMCPackage, TVMCResult
-
-FILL_MODES = ("random", "zeros", "ones")
 
 
 def run_package(
@@ -32,7 +31,7 @@ def run_package(
 
     Args:
         package: what ``compile_model`` or tvmc wrote.
-        inputs: arrays by input name; those missing are filled by `fill_mode`, one of FILL_MODES.
+        inputs: arrays by input name; those missing are filled: random, zeros or ones.
         time: measure. repeat, number: as in TVM's time evaluator: `repeat` means of `number` runs each.
 
     Returns:
@@ -58,12 +57,13 @@ def run_package(
         raise
 
 
-def input_types(package: TVMCPackage) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and data type of every input of an opened package."""
-    from tvm.driver.tvmc.runner import get_input_info
+def package_inputs(package: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and data type of every input of a package, by name.
 
-    shapes, types = get_input_info(package.graph, package.params)
-    return {name: (tuple(shapes[name]), types[name]) for name in shapes}
+    Raises:
+        InputError: if it is no package.
+    """
+    return _input_types(_open(package))
 
 
 def read_inputs(path: Path) -> dict[str, NDArray[Any]]:
@@ -80,9 +80,9 @@ def read_inputs(path: Path) -> dict[str, NDArray[Any]]:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file") from error
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a readable .npz file; make one with numpy.savez") from error
 
 
@@ -101,8 +101,15 @@ def _open(path: Path) -> TVMCPackage:
     return package
 
 
+def _input_types(package: TVMCPackage) -> dict[str, tuple[tuple[int, ...], str]]:
+    from tvm.driver.tvmc.runner import get_input_info
+
+    shapes, types = get_input_info(package.graph, package.params)
+    return {name: (tuple(shapes[name]), types[name]) for name in shapes}
+
+
 def _check_inputs(path: Path, package: TVMCPackage, inputs: Mapping[str, NDArray[Any]]) -> None:
-    expected = input_types(package)
+    expected = _input_types(package)
     for name, array in inputs.items():
         if name not in expected:
             raise InputError(f"input {name!r}: {path} has none of this name, but {', '.join(expected)}")
@@ -119,4 +126,4 @@ def write_outputs(outputs: Mapping[str, NDArray[Any]], path: Path) -> None:
         InputError: if it cannot be written.
     """
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **outputs)
+        np.savez(file, **outputs)  # type: ignore[arg-type]  # its stub takes every array for allow_pickle

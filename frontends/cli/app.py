@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import console, texts, views
+from . import console, texts, values, views
 
 app = typer.Typer(
     name="jointsparse",
@@ -87,13 +87,58 @@ def train(
     output: Annotated[Path, typer.Option("--output", help=texts.OUTPUT_DIR)] = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help=texts.RESUME)] = False,
     weights: Annotated[Path | None, typer.Option("--weights", help=texts.WEIGHTS)] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help=texts.SET)] = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, metavar="N", help=texts.PROCESSES)] = 1,
     verbose: Verbose = False,
 ) -> None:
     from ..shipped import find_recipe
     from ..training import train
 
-    results = train(find_recipe(recipe), data, output, resume, weights=weights)
+    results = train(
+        find_recipe(recipe),
+        data,
+        output,
+        resume,
+        weights=weights,
+        overrides=values.overrides(settings or []),
+        processes=processes,
+    )
     views.show_training(results, output)
+
+
+@app.command(help=texts.COMPRESS)
+def compress(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help=texts.MODEL_TO_COMPRESS)],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="MODEL.jsm", help=texts.OUTPUT_FILE)],
+    spatial_sparsity: Annotated[float, typer.Option("--spatial-sparsity", help=texts.SPATIAL_SPARSITY)] = 0.0,
+    winograd_sparsity: Annotated[float, typer.Option("--winograd-sparsity", help=texts.WINOGRAD_SPARSITY)] = 0.0,
+    step: Annotated[float | None, typer.Option("--step", metavar="D", help=texts.STEP)] = None,
+    bits: Annotated[int | None, typer.Option("--bits", metavar="B", help=texts.BITS)] = None,
+    dither: Annotated[bool, typer.Option("--dither", help=texts.DITHER)] = False,
+    seed: Annotated[int, typer.Option("--seed", help=texts.SEED)] = 0,
+    tile: Annotated[int, typer.Option("--tile", metavar="M", help=texts.TILE)] = 4,
+    network: Annotated[str | None, typer.Option("--network", help=texts.NETWORK)] = None,
+    input_shapes: Annotated[str | None, typer.Option("--input-shapes", help=texts.INPUT_SHAPES)] = None,
+    verbose: Verbose = False,
+) -> None:
+    from .. import compress, inspect
+    from ..outputs import check_output
+
+    check_output(output)
+    compress(
+        model,
+        output,
+        spatial_sparsity=spatial_sparsity,
+        winograd_sparsity=winograd_sparsity,
+        step=step,
+        bits=bits,
+        dither=dither,
+        seed=seed,
+        tile=tile,
+        network=network,
+        input_shape=values.shapes(input_shapes),
+    )
+    views.show_size(inspect(output))
 
 
 @app.command(help=texts.INSPECT)
@@ -116,6 +161,7 @@ def decompress(
     from .. import decompress
 
     decompress(model, output)
+    views.show_written(output)
 
 
 @app.command(help=texts.COMPILE)
@@ -126,9 +172,10 @@ def compile(
     cross_compiler: Annotated[str | None, typer.Option("--cross-compiler", help=texts.CROSS_COMPILER)] = None,
     domain: Annotated[Domain, typer.Option("--domain", help=texts.DOMAIN)] = Domain.auto,
     winograd_sparsity: Annotated[
-        float, typer.Option("--winograd-sparsity", min=0.0, max=1.0, help=texts.COMPILE_WINOGRAD_SPARSITY)
+        float, typer.Option("--winograd-sparsity", help=texts.COMPILE_WINOGRAD_SPARSITY)
     ] = 0.0,
     tuning_records: Annotated[Path | None, typer.Option("--tuning-records", help=texts.TUNING_RECORDS)] = None,
+    input_shapes: Annotated[str | None, typer.Option("--input-shapes", help=texts.INPUT_SHAPES)] = None,
     explain: Annotated[bool, typer.Option("--explain", help=texts.EXPLAIN)] = False,
     json: Json = False,
     verbose: Verbose = False,
@@ -145,6 +192,7 @@ def compile(
             winograd_sparsity=winograd_sparsity,
             cross_compiler=cross_compiler,
             tuning_records=tuning_records,
+            input_shapes=values.shapes(input_shapes),
             progress=progress,
         )
     views.show_plan(plan, output, explain=explain, json=json)

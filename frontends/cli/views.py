@@ -3,13 +3,54 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
 
 if TYPE_CHECKING:
     from tvm.driver.tvmc.model import TVMCResult
 
     from ...passes.plan import Plan
+    from ..demo import DemoResult
+    from ..inspection import ModelInfo
+
+
+def show_file(info: ModelInfo, json: bool) -> None:
+    """What a .jsm file holds."""
+    if json:
+        print(info.to_json())
+    else:
+        Console().print(info)
+
+
+def show_size(info: ModelInfo) -> None:
+    """One line about a file just written."""
+    winograd = "" if info.winograd_sparsity is None else f", {info.winograd_sparsity:.1%} in the Winograd domain"
+    zeros = f"{info.spatial_sparsity:.1%} zeros{winograd}"
+    print(f"{info.path}: {info.file_bytes:,} bytes, a {info.ratio:.1f}th of {info.dense_bytes:,}; {zeros}")
+
+
+def show_written(path: Path) -> None:
+    """One line about a file just written."""
+    print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def show_training(results: Mapping[str, Any], output: Path) -> None:
+    """What was measured: a line for each build, a column for each test set."""
+    builds = {"baseline": "bicubic", "before": "before", "dense": "dense", "spatial": "spatial", "winograd": "Winograd"}
+    rows = {label: results[key] for key, label in builds.items() if results.get(key)}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    for name in names:
+        table.add_column(name, justify="right")
+    for label, metrics in rows.items():
+        table.add_row(label, *(f"{metrics[name]:.2f}" if name in metrics else "" for name in names))
+    Console().print(table)
+    print(f"weights and figures are in {output}")
 
 
 def show_plan(plan: Plan, package: Path, *, explain: bool, json: bool) -> None:
@@ -20,7 +61,7 @@ def show_plan(plan: Plan, package: Path, *, explain: bool, json: bool) -> None:
     if explain:
         print(plan)
     sparse = sum(layer.sparse for layer in plan)
-    print(f"{package}: {package.stat().st_size / 1e6:.2f} MB, {sparse} of {len(plan)} convolutions sparse")
+    print(f"{package}: {package.stat().st_size:,} bytes, {sparse} of {len(plan)} convolutions sparse")
 
 
 def show_run(result: TVMCResult, written: Path | None, json: bool) -> None:
@@ -39,3 +80,29 @@ def show_run(result: TVMCResult, written: Path | None, json: bool) -> None:
         print(result.format_times().rstrip())
     for name, output in outputs.items():
         print(f"{name}: {output['dtype']} {output['shape']}" + (f", in {written}" if written else ""))
+
+
+def show_demo(result: DemoResult) -> None:
+    """The demo's table and where its files are."""
+    height, width = result.shape
+    first = result.rows[0]
+    assert first.psnr is not None
+    table = Table(box=None, pad_edge=False, header_style="")
+    for index, title in enumerate(("", "PSNR", "file", "ratio", "mult./pixel", "time")):
+        table.add_column(title, justify="right" if index else "left")
+    largest = max(row.file_bytes or 0 for row in result.rows)
+    for row in result.rows:
+        gain = "" if row is first or row.psnr is None else f" ({row.psnr - first.psnr:+.2f})"
+        table.add_row(
+            row.build,
+            "" if row.psnr is None else f"{row.psnr:.2f} dB{gain}",
+            "" if row.file_bytes is None else f"{row.file_bytes / 1000:.1f} kB",
+            "" if row.file_bytes is None else f"{largest / row.file_bytes:.1f}",
+            "" if row.multiplications is None else f"{row.multiplications:,.0f}",
+            "" if row.milliseconds is None else f"{row.milliseconds:.0f} ms",
+        )
+    zeros = " and ".join(f"{share:.1%} zeros in the {domain} domain" for domain, share in result.sparsities.items())
+    print(f"x3 enlargement to {width} x {height} pixels of a photograph never trained on, {result.threads} threads,")
+    print(f"{result.target}; one file with {zeros}")
+    Console(width=110).print(table)
+    print(f"pictures, models and packages are in {result.folder}; look at {result.folder / 'comparison.png'}")

@@ -1,0 +1,147 @@
+"""Packages: what TVM's own runner makes of ours, and how those that cannot run are refused."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jointsparse.frontends.compiling import compile_model, read_model
+from jointsparse.frontends.errors import InputError
+from jointsparse.frontends.running import read_inputs, run_package, write_outputs
+from tests.frontends.onnx_models import two_convolutions, write
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("package")
+    model = write(two_convolutions(), folder / "model.onnx")
+    compile_model(model, "llvm", folder / "model.tar")
+    return folder / "model.tar"
+
+
+def _outputs_of_onnxruntime(x: np.ndarray) -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(two_convolutions().SerializeToString())
+    return session.run(None, {"x": x})[0]
+
+
+def test_result_is_that_of_onnxruntime(package: Path) -> None:
+    x = np.random.default_rng(1).normal(size=(1, 4, 12, 12)).astype(np.float32)
+    result = run_package(package, {"x": x})
+    np.testing.assert_allclose(result.outputs["output_0"], _outputs_of_onnxruntime(x), rtol=1e-4, atol=1e-5)
+    assert not result.times
+
+
+def test_domains_agree(package: Path, tmp_path: Path) -> None:
+    model = package.with_name("model.onnx")
+    x = np.random.default_rng(2).normal(size=(1, 4, 12, 12)).astype(np.float32)
+    for domain in ("spatial", "winograd", "dense"):
+        plan = compile_model(model, "llvm", tmp_path / "m.tar", domain=domain)
+        assert all(layer.sparse == (domain != "dense") for layer in plan)
+        result = run_package(tmp_path / "m.tar", {"x": x}).outputs["output_0"]
+        np.testing.assert_allclose(result, _outputs_of_onnxruntime(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "ones"])
+def test_missing_inputs_are_filled(package: Path, mode: str) -> None:
+    x = np.full((1, 4, 12, 12), float(mode == "ones"), np.float32)
+    filled, given = run_package(package, fill_mode=mode), run_package(package, {"x": x})
+    np.testing.assert_array_equal(filled.outputs["output_0"], given.outputs["output_0"])
+
+
+def test_times(package: Path) -> None:
+    times = run_package(package, time=True, repeat=3, number=2).times
+    assert len(times.results) == 3
+    assert times.min > 0
+
+
+def test_inputs_that_do_not_fit(package: Path) -> None:
+    x = np.zeros((1, 4, 12, 12), np.float32)
+    with pytest.raises(InputError, match=r"input 'z': .* none of this name, but x"):
+        run_package(package, {"z": x})
+    with pytest.raises(InputError, match=r"takes float32 \[1, 4, 12, 12\], not float32 \[4, 12, 12\]"):
+        run_package(package, {"x": x[0]})
+    with pytest.raises(InputError, match="not float64"):
+        run_package(package, {"x": x.astype(np.float64)})
+
+
+def test_foreign_files(package: Path, tmp_path: Path) -> None:
+    data = package.read_bytes()
+    (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.tar").write_text("not a tar")
+    (tmp_path / "empty.tar").write_bytes(b"")
+    with tarfile.open(tmp_path / "other.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("readme"), io.BytesIO())
+    for name in ("cut.tar", "text.tar", "empty.tar", "other.tar"):
+        with pytest.raises(InputError, match=f"{name}: not a package"):
+            run_package(tmp_path / name)
+    with pytest.raises(InputError, match="no such file"):
+        run_package(tmp_path / "missing.tar")
+
+
+def test_library_of_another_machine(package: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.tar"
+    with tarfile.open(package) as source, tarfile.open(path, "w") as target:
+        for member in source.getmembers():
+            content = source.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name == "mod.so":
+                # The machine field of the ELF header: 0xF3 is RISC-V.
+                content = content[:18] + b"\xf3\x00" + content[20:]
+            target.addfile(member, io.BytesIO(content))
+    with pytest.raises(InputError, match="another machine"):
+        run_package(path)
+
+
+def test_npz_round_trip_and_faults(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    write_outputs({"output_0": np.arange(3)}, path)
+    np.testing.assert_array_equal(read_inputs(path)["output_0"], np.arange(3))
+    with pytest.raises(InputError, match="no such file"):
+        read_inputs(tmp_path / "missing.npz")
+    np.save(tmp_path / "bare.npy", np.arange(3))
+    with pytest.raises(InputError, match="one bare array"):
+        read_inputs(tmp_path / "bare.npy")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=r"not a readable \.npz"):
+        read_inputs(path)
+    np.savez(path, object=np.array([{}], dtype=object))
+    with pytest.raises(InputError, match=r"not a readable \.npz"):
+        read_inputs(path)
+
+
+def test_models_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read_model(tmp_path / "missing.onnx")
+    with pytest.raises(InputError, match=r"not a \.jsm or \.onnx file"):
+        read_model(tmp_path / "model.pt")
+    (tmp_path / "broken.onnx").write_bytes(b"\x00" * 50)
+    with pytest.raises(InputError, match=r"broken\.onnx"):
+        read_model(tmp_path / "broken.onnx")
+
+
+def test_broken_tuning_log(tmp_path: Path) -> None:
+    model = write(two_convolutions(), tmp_path / "model.onnx")
+    log = tmp_path / "log.json"
+    with pytest.raises(InputError, match="no such tuning log"):
+        compile_model(model, "llvm", tmp_path / "m.tar", tuning_records=log)
+    for text in ("", "not a record\n", '{"a": 1}\n'):
+        log.write_text(text)
+        with pytest.raises(InputError, match="holds no records"):
+            compile_model(model, "llvm", tmp_path / "m.tar", tuning_records=log)
+    assert not (tmp_path / "m.tar").exists()
+
+
+def test_failing_linker(tmp_path: Path) -> None:
+    model = write(two_convolutions(), tmp_path / "model.onnx")
+    compiler = tmp_path / "broken-g++"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: no space' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    with pytest.raises(InputError, match="fatal error: no space"):
+        compile_model(model, "llvm", tmp_path / "m.tar", cross_compiler=str(compiler))
+    assert not (tmp_path / "m.tar").exists()
