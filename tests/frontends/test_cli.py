@@ -1,0 +1,212 @@
+"""The command line: exit codes, one-line errors, and the whole way from a model to its output."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from jointsparse.frontends.cli import console, main
+from tests.frontends.onnx_models import two_convolutions, write
+
+
+@dataclass
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Finished]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Run ``jointsparse ARGUMENTS`` in this process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Finished:
+        console.settings.verbose = False
+        monkeypatch.setattr(sys, "argv", ["jointsparse", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        output = capfd.readouterr()
+        return Finished(int(caught.value.code or 0), output.out, output.err)
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write(two_convolutions(), tmp_path / "model.onnx")
+
+
+def test_the_whole_way(command: Command, model: Path) -> None:
+    done = command(
+        "compress", model, "--spatial-sparsity", 0.85, "--winograd-sparsity", 0.6, "--bits", 5, "-o", "m.jsm"
+    )
+    assert done.code == 0, done.err
+    assert done.out.startswith("m.jsm: ")
+
+    info = json.loads(command("inspect", "m.jsm", "--json").out)
+    assert [layer["name"] for layer in info["layers"]] == ["first.weight", "second.weight"]
+    assert info["spatial_sparsity"] >= 0.85
+    assert info["winograd_sparsity"] >= 0.6
+    assert info["file_bytes"] == Path("m.jsm").stat().st_size
+    assert "second.weight" in command("inspect", "m.jsm").out
+
+    assert command("decompress", "m.jsm", "-o", "back.onnx").code == 0
+    back = onnx.load("back.onnx")
+    onnx.checker.check_model(back)
+    assert {tensor.name for tensor in back.graph.initializer} >= {"first.weight", "second.weight"}
+
+    done = command("compile", "m.jsm", "--target", "llvm", "--domain", "winograd", "--json", "-o", "m.tar")
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)
+    assert [layer["kernel"] for layer in plan["layers"]] == ["winograd_f4", "direct"]
+
+    x = np.random.default_rng(0).normal(size=(1, 4, 12, 12)).astype(np.float32)
+    np.savez("in.npz", x=x)
+    done = command("run", "m.tar", "-i", "in.npz", "-o", "out.npz", "--print-time", "--repeat", 2, "--number", 3)
+    assert done.code == 0, done.err
+    assert "mean (ms)" in done.out
+    ours = np.load("out.npz")["output_0"]
+    assert ours.shape == (1, 4, 6, 6)
+
+    tvmc = [Path(sys.executable).with_name("tvmc"), "run", "m.tar", "-i", "in.npz", "-o", "tvmc.npz"]
+    subprocess.run(tvmc, check=True, capture_output=True)
+    np.testing.assert_array_equal(np.load("tvmc.npz")["output_0"], ours)
+
+
+def test_explain_prints_a_reason_for_every_convolution(command: Command, model: Path) -> None:
+    done = command("compile", model, "--target", "llvm", "--explain", "-o", "m.tar")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    for name in ("first", "second"):
+        assert any(line.startswith(name) for line in lines)
+    assert lines[-1].startswith("m.tar: ")
+    assert [line.split("s  ")[1] for line in done.err.splitlines()][-1] == "linking"
+
+
+def test_run_json(command: Command, model: Path) -> None:
+    assert command("compile", model, "--target", "llvm", "--domain", "dense", "-o", "m.tar").code == 0
+    document = json.loads(command("run", "m.tar", "--json").out)
+    assert document["outputs"] == {"output_0": {"dtype": "float32", "shape": [1, 4, 6, 6]}}
+    assert document["time_ms"] is None
+    times = json.loads(command("run", "m.tar", "--json", "--print-time", "--repeat", 3).out)["time_ms"]
+    assert len(times["results"]) == 3
+    assert times["min"] <= times["median"] <= times["max"]
+
+
+FAULTS = [
+    (["inspect", "missing.jsm"], "missing.jsm"),
+    (["inspect", "model.onnx"], "model.onnx"),
+    (["decompress", "missing.jsm", "-o", "out.onnx"], "missing.jsm"),
+    (["compress", "missing.onnx", "-o", "m.jsm"], "missing.onnx"),
+    (["compress", "model.onnx", "-o", "."], "directory"),
+    (["compress", "model.onnx", "-o", "missing/m.jsm"], "no folder"),
+    (["compress", "model.onnx", "--spatial-sparsity", "1.5", "-o", "m.jsm"], "1.5"),
+    (["compress", "model.onnx", "--step", "0.1", "--bits", "4", "-o", "m.jsm"], "contradict"),
+    (["compress", "model.onnx", "--input-shapes", "x=4", "-o", "m.jsm"], "--input-shapes"),
+    (["compress", "model.txt", "-o", "m.jsm"], "model.txt"),
+    (["compile", "model.onnx", "--target", "bogus", "-o", "m.tar"], "bogus"),
+    (["compile", "model.onnx", "--target", "llvm -mcpu=nonsense", "-o", "m.tar"], "nonsense"),
+    (["compile", "model.onnx", "--target", "llvm", "-o", "."], "directory"),
+    (["compile", "model.onnx", "--target", "llvm", "--winograd-sparsity", "1", "-o", "m.tar"], "1.0"),
+    (["compile", "model.onnx", "--target", "llvm", "--cross-compiler", "none-g++", "-o", "m.tar"], "none-g++"),
+    (["compile", "model.onnx", "--target", "llvm", "--tuning-records", "none.log", "-o", "m.tar"], "none.log"),
+    (["compile", "model.onnx", "--target", "llvm", "--input-shapes", "z:[1,4,12,12]", "-o", "m.tar"], "z"),
+    (["run", "missing.tar"], "missing.tar"),
+    (["run", "model.onnx"], "not a package"),
+    (["run", "model.onnx", "-i", "missing.npz"], "missing.npz"),
+    (["run", "model.onnx", "-o", "missing/out.npz"], "no folder"),
+    (["train", "missing.toml"], "missing.toml"),
+    (["train", "ct_srcnn_x3", "--data", "missing"], "missing"),
+    (["train", "ct_srcnn_x3", "--set", "run.seed"], "--set"),
+    (["demo", "--output", "model.onnx"], "model.onnx"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), FAULTS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_faults_are_one_line_and_exit_code_1(command: Command, model: Path, arguments: list[str], said: str) -> None:
+    before = sorted(os.listdir())
+    done = command(*arguments)
+    assert done.code == 1
+    # Stages that began before the fault are lines of their own.
+    last = done.err.splitlines()[-1]
+    assert last.startswith("jointsparse: ")
+    assert said in last
+    assert "unexpected" not in last
+    assert "Traceback" not in done.err
+    assert done.out == ""
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["run"],
+        ["run", "p.tar", "--no-such-option"],
+        ["run", "p.tar", "--repeat", "0"],
+        ["compile", "model.onnx", "-o", "m.tar"],
+        ["compile", "model.onnx", "--target", "llvm", "--domain", "frequency", "-o", "m.tar"],
+        ["compress", "model.onnx", "--bits", "many", "-o", "m.jsm"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(command: Command, arguments: list[str]) -> None:
+    done = command(*arguments)
+    assert done.code == 2
+    assert "Usage: jointsparse" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("arguments", [["-v", "inspect", "missing.jsm"], ["inspect", "missing.jsm", "-v"]])
+def test_verbose_shows_the_traceback(command: Command, arguments: list[str]) -> None:
+    done = command(*arguments)
+    assert done.code == 1
+    assert "Traceback" in done.err
+    assert done.err.splitlines()[-1].startswith("jointsparse: missing.jsm")
+
+
+def test_help_of_every_command(command: Command) -> None:
+    listed = command("--help")
+    assert listed.code == 0
+    for name in ("demo", "train", "compress", "decompress", "inspect", "compile", "run"):
+        assert name in listed.out
+        shown = command(name, "--help")
+        assert shown.code == 0
+        assert "Usage: jointsparse " + name in shown.out
+
+
+def test_version(command: Command) -> None:
+    from importlib.metadata import version
+
+    assert command("--version").out == f"jointsparse {version('jointsparse')}\n"
+
+
+def test_installed_script_and_quiet_streams(tmp_path: Path, model: Path) -> None:
+    """As a person runs it: nothing on standard error but stages, nothing on standard output but the result."""
+    script = Path(sys.executable).with_name("jointsparse")
+    arguments = ["compile", str(model), "--target", "llvm", "--domain", "dense", "-o", str(tmp_path / "m.tar")]
+    done = subprocess.run([script, *arguments], capture_output=True, text=True, check=True)
+    assert [line.split("s  ")[1].split()[0] for line in done.stderr.splitlines()] == [
+        "reading",
+        "choosing",
+        "building",
+        "linking",
+    ]
+    assert done.stdout.count("\n") == 1
