@@ -157,8 +157,10 @@ def _winograd_blocking(attrs: tvm.ir.Attrs, target: tvm.target.Target) -> Winogr
 
 
 def _compute_direct(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
+    data, values, indices, indptr = inputs
     layout = _direct_layout(attrs)
-    return sparse_direct(*inputs, _geometry(attrs), layout, direct_panel(layout, cpu_facts(target)))
+    panel = direct_panel(layout, cpu_facts(target))
+    return sparse_direct(data, values, indices, indptr, _geometry(attrs), layout, panel)
 
 
 def _schedule_direct(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
@@ -166,7 +168,9 @@ def _schedule_direct(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm
 
 
 def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
-    return sparse_winograd(*inputs, _geometry(attrs), int(attrs["tile"]), _winograd_blocking(attrs, target))
+    data, values, indices, indptr = inputs
+    blocking = _winograd_blocking(attrs, target)
+    return sparse_winograd(data, values, indices, indptr, _geometry(attrs), int(attrs["tile"]), blocking)
 
 
 def _schedule_winograd(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
@@ -194,7 +198,7 @@ def _register(name: str, description: str, compute: Any, schedule: Any) -> None:
     )
 
     @tvm.target.override_native_generic_func(f"{name}.strategy")
-    def strategy(attrs, inputs, out_type, target):  # type: ignore[no-untyped-def]
+    def strategy(attrs: Any, inputs: Any, out_type: Any, target: tvm.target.Target) -> Any:
         _refuse(why_not_target(target))
         implementation = relay_op.OpStrategy()
         implementation.add_implementation(

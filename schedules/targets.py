@@ -69,24 +69,24 @@ _DEFAULT_CACHES = (32 * _KIB, 512 * _KIB)
 
 def cpu_facts(target: tvm.target.Target | str | None = None) -> CpuFacts:
     """Facts of a target's CPU; of the current target, or plain ``llvm``, when None."""
-    target = _resolve(target)
-    lanes, registers = _vector_unit(target)
-    l1, l2 = _CACHES.get(str(target.attrs.get("mcpu", "")), _DEFAULT_CACHES)
+    resolved = _resolve(target)
+    lanes, registers = _vector_unit(resolved)
+    l1, l2 = _CACHES.get(str(resolved.attrs.get("mcpu", "")), _DEFAULT_CACHES)
     return CpuFacts(lanes, registers, l1, l2)
 
 
 def why_not_target(target: tvm.target.Target | str) -> str | None:
     """Why the sparse operators cannot be compiled for a target, or None if they can."""
-    target = _resolve(target)
-    if "cpu" not in target.keys:
-        return f"no sparse schedule for target kind {target.kind.name}"
+    resolved = _resolve(target)
+    if "cpu" not in resolved.keys:
+        return f"no sparse schedule for target kind {resolved.kind.name}"
     return None
 
 
 def _resolve(target: tvm.target.Target | str | None) -> tvm.target.Target:
     if target is None:
         target = tvm.target.Target.current(allow_none=True) or "llvm"
-    return tvm.target.Target(target) if isinstance(target, str) else target
+    return tvm.target.Target(target)
 
 
 def _vector_unit(target: tvm.target.Target) -> tuple[int, int]:

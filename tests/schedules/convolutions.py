@@ -1,0 +1,209 @@
+"""Convolutions drawn at random, built through relay.build, run, and compared with tests/reference.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tvm
+from hypothesis import strategies as st
+from jointsparse.schedules.geometry import ConvGeometry
+from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd
+from jointsparse.schedules.winograd import transform
+from numpy.typing import NDArray
+from tests import reference
+from tvm import relay
+from tvm.contrib import graph_executor
+
+TOLERANCE = {0: 1e-5, 2: 1e-5, 4: 5e-5}
+"""Relative root mean square error by tile size; 0 is direct."""
+
+HASWELL = "llvm -mcpu=haswell"
+AVX512 = "llvm -mcpu=skylake-avx512"
+
+
+def host_has(feature: str) -> bool:
+    return bool(tvm.target.codegen.target_has_features(feature, tvm.target.Target(f"llvm -mcpu={host_cpu()}")))
+
+
+def host_cpu() -> str:
+    return tvm.target.codegen.llvm_get_system_cpu()
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows a convolution, in Relay and in numpy. Both take (convolution, channel vector, residual)."""
+
+    name: str
+    build: Callable[[relay.Expr, relay.Expr, relay.Expr], relay.Expr]
+    compute: Callable[[NDArray, NDArray, NDArray], NDArray]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _column(vector: relay.Expr) -> relay.Expr:
+    return relay.expand_dims(vector, 1, 2)
+
+
+EPILOGUES = (
+    Epilogue("nothing", lambda y, v, r: y, lambda y, v, r: y),
+    Epilogue("bias", lambda y, v, r: relay.nn.bias_add(y, v), lambda y, v, r: y + v),
+    Epilogue("bias_relu", lambda y, v, r: relay.nn.relu(relay.nn.bias_add(y, v)), lambda y, v, r: np.maximum(y + v, 0)),
+    Epilogue(
+        "bias_residual_relu",
+        lambda y, v, r: relay.nn.relu(relay.add(r, relay.nn.bias_add(y, v))),
+        lambda y, v, r: np.maximum(r + y + v, 0),
+    ),
+    Epilogue(
+        "add_relu_of_residual", lambda y, v, r: relay.add(y, relay.nn.relu(r)), lambda y, v, r: y + np.maximum(r, 0)
+    ),
+    Epilogue("clip", lambda y, v, r: relay.clip(y, -0.5, 1.0), lambda y, v, r: np.clip(y, -0.5, 1.0)),
+    Epilogue("leaky", lambda y, v, r: relay.nn.leaky_relu(y, 0.1), lambda y, v, r: np.where(y > 0, y, 0.1 * y)),
+    Epilogue("prelu", lambda y, v, r: relay.nn.prelu(y, v), lambda y, v, r: np.where(y > 0, y, v * y)),
+    Epilogue("silu", lambda y, v, r: y * relay.sigmoid(y), lambda y, v, r: y / (1 + np.exp(-y))),
+    Epilogue(
+        "scale_and_shift",
+        lambda y, v, r: relay.add(relay.multiply(y, _column(v)), _column(v)),
+        lambda y, v, r: y * v + v,
+    ),
+    Epilogue(
+        "product_with_residual",
+        lambda y, v, r: relay.multiply(relay.tanh(y), r),
+        lambda y, v, r: np.tanh(y) * r,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One convolution; tile 0 is direct."""
+
+    geometry: ConvGeometry
+    tile: int
+    sparsity: float
+    empty_filters: bool
+    epilogue: Epilogue
+    seed: int
+
+
+@st.composite
+def direct_cases(draw: st.DrawFn) -> Case:
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (5, 5), (9, 9), (7, 7), (1, 3), (3, 1), (2, 5), (4, 2)]))
+    strides = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (1, 3), (3, 2)]))
+    padding = draw(st.tuples(*[st.integers(0, 5)] * 4))
+    geometry = _geometry(draw, kernel, strides, padding, dilation)
+    return _case(draw, geometry, 0)
+
+
+@st.composite
+def winograd_cases(draw: st.DrawFn) -> Case:
+    size = draw(st.sampled_from([3, 5]))
+    padding = draw(st.tuples(*[st.integers(0, 5)] * 4))
+    geometry = _geometry(draw, (size, size), (1, 1), padding, (1, 1))
+    return _case(draw, geometry, draw(st.sampled_from([2, 4])))
+
+
+def _geometry(
+    draw: st.DrawFn,
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+) -> ConvGeometry:
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    sizes = []
+    for i in range(2):
+        window = dilation[i] * (kernel[i] - 1) + 1 - padding[i] - padding[i + 2]
+        sizes.append(draw(st.integers(max(1, window), max(1, window) + draw(st.sampled_from([3, 17, 40])))))
+    return ConvGeometry(
+        batch=draw(st.sampled_from([1, 1, 2, 3])),
+        in_channels=groups * draw(st.integers(1, 7)),
+        in_height=sizes[0],
+        in_width=sizes[1],
+        out_channels=groups * draw(st.integers(1, 7)),
+        kernel=kernel,
+        strides=strides,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+
+
+def _case(draw: st.DrawFn, geometry: ConvGeometry, tile: int) -> Case:
+    return Case(
+        geometry=geometry,
+        tile=tile,
+        sparsity=draw(st.sampled_from([0.0, 0.5, 0.8, 0.95, 1.0])),
+        empty_filters=draw(st.booleans()),
+        epilogue=draw(st.sampled_from(EPILOGUES)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def weights_of(case: Case) -> NDArray[np.float32]:
+    """Spatial or Winograd weights, pruned in their own domain."""
+    rng = np.random.default_rng(case.seed)
+    dense = rng.standard_normal(case.geometry.weight_shape)
+    if case.tile:
+        dense = transform(case.tile, case.geometry.kernel[0]).filters(dense)
+    dense[rng.random(dense.shape) < case.sparsity] = 0
+    if case.empty_filters:
+        dense[::2] = 0
+    return dense.astype(np.float32)
+
+
+def operator_of(case: Case, data: relay.Expr, target: str) -> relay.Expr:
+    if case.tile:
+        return conv2d_sparse_winograd(data, weights_of(case), case.geometry, case.tile)
+    return conv2d_sparse_direct(data, weights_of(case), case.geometry, target)
+
+
+def inputs_of(case: Case) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Data, one number a channel, residual."""
+    rng = np.random.default_rng(case.seed + 1)
+    shape = case.geometry
+    data = rng.standard_normal((shape.batch, shape.in_channels, shape.in_height, shape.in_width))
+    vector, residual = rng.standard_normal(shape.out_channels), rng.standard_normal(shape.out_shape)
+    return data.astype(np.float32), vector.astype(np.float32), residual.astype(np.float32)
+
+
+def expected_of(case: Case) -> NDArray[np.float64]:
+    data, vector, residual = inputs_of(case)
+    if case.tile:
+        plain = reference.winograd(data, weights_of(case), case.geometry, case.tile)
+    else:
+        plain = reference.conv2d(data, weights_of(case), case.geometry)
+    return case.epilogue.compute(plain, vector[:, None, None].astype(np.float64), residual.astype(np.float64))
+
+
+def module_of(cases: Sequence[Case], target: str) -> tvm.IRModule:
+    """One module with all the convolutions side by side; inputs x0, r0, x1, r1, ..."""
+    parameters, results = [], []
+    for i, case in enumerate(cases):
+        data, vector, residual = inputs_of(case)
+        x, r = relay.var(f"x{i}", shape=data.shape), relay.var(f"r{i}", shape=residual.shape)
+        parameters += [x, r]
+        results.append(case.epilogue.build(operator_of(case, x, target), relay.const(vector), r))
+    return tvm.IRModule.from_expr(relay.Function(parameters, relay.Tuple(results)))
+
+
+def run_module(library: tvm.runtime.Module, cases: Sequence[Case]) -> list[NDArray[np.float32]]:
+    executor = graph_executor.GraphModule(library["default"](tvm.cpu()))
+    for i, case in enumerate(cases):
+        data, _, residual = inputs_of(case)
+        executor.set_input(f"x{i}", data)
+        executor.set_input(f"r{i}", residual)
+    executor.run()
+    return [executor.get_output(i).numpy() for i in range(len(cases))]
+
+
+def check(cases: Sequence[Case], target: str, opt_level: int = 3) -> None:
+    """Build all in one library and compare each with the reference."""
+    with tvm.transform.PassContext(opt_level=opt_level):
+        library = relay.build(module_of(cases, target), target)
+    for case, result in zip(cases, run_module(library, cases), strict=True):
+        error = reference.relative_rms(result, expected_of(case))
+        assert error <= TOLERANCE[case.tile], f"{error:.2e} {case}"
