@@ -77,7 +77,8 @@ class _Collector:
         except ValueError as error:
             layer.left_alone = str(error)
             return
-        layer.geometry = geometry
+        assert layer.weight is not None
+        layer.geometry, layer.weight = geometry, layer.weight.as_filters(geometry.weight_shape)
         reasons = {DIRECT: why_not_direct(geometry)}
         reasons |= {kernel: why_not_winograd(geometry, tile) for tile, kernel in WINOGRAD.items()}
         layer.unsupported = {kernel: reason for kernel, reason in reasons.items() if reason is not None}
@@ -146,18 +147,18 @@ def _weight_shape(found: Convolution) -> tuple[int, ...] | None:
 
 def _geometry(call: relay.Call) -> ConvGeometry:
     """Raises ValueError for a shape that is not static or not a convolution."""
-    shape, weight = _shape(call.args[0]), _shape(call.args[1])
-    if shape is None or weight is None:
+    shape, weight, output = _shape(call.args[0]), _shape(call.args[1]), _shape(call)
+    if shape is None or weight is None or output is None:
         raise ValueError("dynamic shape: the sparse kernels are made for one size")
     batch, in_channels, in_height, in_width = shape
-    out_channels, _, kernel_height, kernel_width = (weight[axis] for axis in _oihw(call.attrs.kernel_layout))
+    _, _, kernel_height, kernel_width = (weight[axis] for axis in _oihw(call.attrs.kernel_layout))
     top, left, bottom, right = relay.op.nn.utils.get_pad_tuple2d([int(p) for p in call.attrs.padding])
     return ConvGeometry(
         batch=batch,
         in_channels=in_channels,
         in_height=in_height,
         in_width=in_width,
-        out_channels=out_channels,
+        out_channels=output[1],
         kernel=(kernel_height, kernel_width),
         strides=_two(call.attrs.strides),
         padding=(top, left, bottom, right),

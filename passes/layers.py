@@ -31,6 +31,14 @@ class Weight:
         """What the convolution multiplies by."""
         return (self.stored * self.scale).astype(np.float32)
 
+    def as_filters(self, shape: tuple[int, ...]) -> Weight:
+        """The same filters in the order (K, C / groups, kh, kw).
+
+        TVM's depthwise convolutions may have (C, K / C, kh, kw) instead, the same numbers in the same order.
+        """
+        scale = np.broadcast_to(self.scale, (*self.stored.shape[:2], *self.scale.shape[2:]))
+        return Weight(self.stored.reshape(shape), scale.reshape(*shape[:2], *self.scale.shape[2:]), self.parameter)
+
     def winograd(self, pruning: WinogradThreshold) -> NDArray[np.float32]:
         """Winograd weights (K, C / groups, n, n), pruned as stored and scaled afterwards."""
         return (pruning.weights(self.stored) * self.scale).astype(np.float32)

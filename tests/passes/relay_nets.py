@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,9 @@ TOLERANCE = {"dense": 5e-6, "spatial": 5e-6, "winograd": 5e-5, "auto": 5e-5}
 
 def import_torch(net: nn.Module, shape: tuple[int, ...]) -> tuple[tvm.IRModule, dict[str, Any]]:
     """Relay of a network in evaluation mode, and its parameters by their names in the network."""
-    traced = torch.jit.trace(net.eval().float(), torch.zeros(shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and what TVM's importer reads
+        traced = torch.jit.trace(net.eval().float(), torch.zeros(shape))
     return relay.frontend.from_pytorch(traced, [("x", shape)], preserve_pytorch_scopes=True)
 
 

@@ -86,6 +86,17 @@ def test_another_layout_of_the_weights_is_read():
     assert layer.geometry.kernel == (3, 5)
 
 
+def test_depthwise_weights_in_tvms_own_order_are_read():
+    """(channels, multiplier): the filter m of channel c makes output c * multiplier + m."""
+    weight = RNG.standard_normal((4, 3, 3, 3)).astype("float32")
+    scale = np.arange(1, 5, dtype="float32").reshape(4, 1, 1, 1)
+    scaled = relay.multiply(relay.var("w", shape=weight.shape), relay.const(scale))
+    body = relay.nn.conv2d(image(), scaled, groups=4, channels=12, kernel_size=(3, 3))
+    layer = only_layer(body, {"w": weight})
+    assert layer.geometry.weight_shape == (12, 1, 3, 3)
+    assert np.array_equal(layer.weight.value, (weight * scale).reshape(12, 1, 3, 3))
+
+
 def test_a_target_without_sparse_kernels_is_named():
     assert "cuda" in only_layer(relay.nn.conv2d(image(), weight_of(6, 4, 3, 3)), target="cuda -arch=sm_80").left_alone
 
