@@ -108,13 +108,13 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
     sizes = contents.sizes
     assert sizes is not None  # decoded contents have them
     bases = {record.name: record.base for record in contents.records if not isinstance(record.base, Shared)}
-    uses = onnx_graph.weight_uses(model)
+    uses = onnx_graph.layers(model)
     layers, pruned, transformed = [], 0.0, 0
     for record in contents.records:
         if record.name not in uses:
             continue
         base = bases[record.base.of] if isinstance(record.base, Shared) else record.base
-        layer = _layer(record, base, uses[record.name][0].op_type, contents, sizes.tensors[record.name])
+        layer = _layer(record, base, uses[record.name].op_type, contents, sizes.tensors[record.name])
         layers.append(layer)
         if layer.tile is not None and layer.winograd_sparsity is not None:
             count = record.shape[0] * record.shape[1] * (layer.tile + record.shape[2] - 1) ** 2

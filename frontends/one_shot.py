@@ -183,11 +183,8 @@ def _torch(path: Path) -> Any:
 
 
 def _weights(model: ModelProto) -> dict[str, NDArray[np.float32]]:
-    """The float32 weights of convolutions and dense layers (behind a Transpose as well), in the order of the file."""
-    names = set(onnx_graph.weight_uses(model))
-    transposed = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
-    readers = [node for node in model.graph.node if node.op_type in ("Gemm", "MatMul")]
-    names |= {transposed[value] for node in readers for value in node.input if value in transposed}
+    """The float32 weights of convolutions and dense layers, in the order of the model."""
+    names = onnx_graph.layers(model)
     values = {t.name: onnx_graph.array(t) for t in model.graph.initializer if t.name in names}
     return {key: value for key, value in values.items() if value.dtype == np.float32 and value.size}
 

@@ -160,6 +160,21 @@ def weight_uses(model: ModelProto) -> dict[str, list[NodeProto]]:
     return uses
 
 
+def layers(model: ModelProto) -> dict[str, NodeProto]:
+    """The weights of convolutions and dense layers and the first node that reads each, behind a Transpose as well."""
+    found = {name: nodes[0] for name, nodes in weight_uses(model).items()}
+    constants = initializers(model)
+    transposed = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "Transpose" and node.input[0] in constants
+    }
+    for node in model.graph.node:
+        if node.op_type in ("Gemm", "MatMul"):
+            found |= {transposed[name]: node for name in node.input[:2] if name in transposed}
+    return found
+
+
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
     """The value of an attribute, or ``default``."""
     for candidate in node.attribute:
@@ -223,6 +238,21 @@ def set_metadata(model: ModelProto, key: str, value: str | None) -> None:
         model.metadata_props.add(key=key, value=value)
 
 
+def replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
+    """Make these, some of the graph's own, all its nodes."""
+    if len(nodes) != len(graph.node):
+        copies = [copied(node) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(copies)
+
+
+def copied(message: Any) -> Any:
+    """A copy that outlives its container being cleared."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy
+
+
 def first_line(error: BaseException) -> str:
     """An exception in one line, for messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -259,7 +289,7 @@ def _lift_constants(graph: GraphProto, name: str) -> None:
             continue
         tensor.name = node.output[0]
         graph.initializer.append(tensor)
-    _replace_nodes(graph, kept)
+    replace_nodes(graph, kept)
 
 
 def _constant_value(node: NodeProto) -> TensorProto | None:
@@ -291,7 +321,7 @@ def _copy_identities(graph: GraphProto) -> None:
         copy.CopyFrom(source)
         copy.name = node.output[0]
         constants[copy.name] = copy
-    _replace_nodes(graph, kept)
+    replace_nodes(graph, kept)
 
 
 def _drop_dead(graph: GraphProto) -> None:
@@ -306,26 +336,12 @@ def _drop_dead(graph: GraphProto) -> None:
         for item in node.attribute:
             for inner in (*([item.g] if item.HasField("g") else []), *item.graphs):
                 counts.subtract(use_counts(inner))
-    _replace_nodes(graph, kept[::-1])
+    replace_nodes(graph, kept[::-1])
     alive = [t for t in graph.initializer if counts[t.name]]
     if len(alive) != len(graph.initializer):
         alive = [copied(t) for t in alive]
         del graph.initializer[:]
         graph.initializer.extend(alive)
-
-
-def _replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
-    if len(nodes) != len(graph.node):
-        copies = [copied(node) for node in nodes]
-        del graph.node[:]
-        graph.node.extend(copies)
-
-
-def copied(message: Any) -> Any:
-    """A copy that outlives its container being cleared."""
-    copy = type(message)()
-    copy.CopyFrom(message)
-    return copy
 
 
 def _fix_shape(value: onnx.ValueInfoProto, given: tuple[int, ...] | None, name: str) -> None:

@@ -25,6 +25,7 @@ import onnx.inliner
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from . import batch_norm, onnx_graph, winograd_spec
+from .constant_folding import fold_shape_arithmetic
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ def _prepare(model: ModelProto, name: str) -> ModelProto:
     model = _define_unknown(model, name)
     onnx_graph.strip(model)
     shapes = _shapes(model)
+    while fold_shape_arithmetic(model, shapes):
+        shapes = _shapes(model)
+    onnx_graph.tidy(model, name)
     for node in model.graph.node:
         if node.op_type in _REDUCTIONS:
             _axes_to_attribute(node, model, name)
@@ -117,6 +121,10 @@ def _define_unknown(model: ModelProto, name: str) -> ModelProto:
     inexact = {"Gelu"} if any(_is_tanh_gelu(node) for node in model.graph.node) else set()
     defined = sorted(op for op in (used - known) | inexact if _has_definition(op, model))
     if defined:
+        # The inliner wants the types of all that goes into a definition.
+        model.graph.value_info.extend(
+            helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer
+        )
         model = onnx.inliner.inline_selected_functions(
             model, [("", op) for op in defined], inline_schema_functions=True
         )
@@ -270,7 +278,7 @@ def _constant_input(node: NodeProto, position: int, model: ModelProto, name: str
 
 
 def _label(node: NodeProto) -> str:
-    return f"{node.op_type} {node.name or node.output[0]!r}"
+    return f"{node.op_type} {(node.name or node.output[0])!r}"
 
 
 # --- the import ------------------------------------------------------------------------------------------------------

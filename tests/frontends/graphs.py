@@ -24,13 +24,14 @@ def model(
     constants: Arrays,
     outputs: Sequence[str] = ("y",),
     opset: int = 17,
+    output_shape: Sequence[int] | None = None,
 ) -> ModelProto:
-    """A model of float32 inputs; a string is an open axis. Output shapes are inferred."""
+    """A model of float32 inputs; a string is an open axis. Output shapes are inferred if none is given."""
     graph = helper.make_graph(
         list(nodes),
         "g",
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape)) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, output_shape) for name in outputs],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
