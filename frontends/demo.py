@@ -75,7 +75,7 @@ class Settings:
     patch: int = 36
     batch: int = 16
     rate: float = 1e-3
-    alpha: float = 1.0
+    alpha: float = 0.3
     ramp: float = 0.3
     hold: float = 0.5
     tune: int = 100
@@ -159,7 +159,7 @@ def run_demo(output: Path, settings: Settings = Settings(), progress: Progress =
     _draw(output, pair, colour, images)
     pixels = pair.low.size
     dense_bytes = (output / "dense.onnx").stat().st_size
-    rows = [Row("bicubic enlargement", data.psnr(pair.low, pair.high, SCALE))]
+    rows = [Row("bicubic", data.psnr(pair.low, pair.high, SCALE))]
     for domain, name in _BUILDS.items():
         size = dense_bytes if domain in ("onnxruntime", "dense") else info.file_bytes
         plan = plans.get(domain, plans["dense"])
@@ -181,9 +181,9 @@ def run_demo(output: Path, settings: Settings = Settings(), progress: Progress =
 _BUILDS = {
     "onnxruntime": "dense, ONNX Runtime",
     "dense": "dense, TVM",
-    "spatial": "sparse, spatial domain",
-    "winograd": "sparse, Winograd domain",
-    "auto": "sparse, faster per layer",
+    "spatial": "spatial",
+    "winograd": "Winograd",
+    "auto": "auto",
 }
 
 

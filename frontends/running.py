@@ -57,6 +57,13 @@ def run_package(
         raise
 
 
+def threads() -> int:
+    """Threads that TVM runs a package with in this process."""
+    import tvm
+
+    return int(tvm.runtime.num_threads())
+
+
 def package_inputs(package: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and data type of every input of a package, by name.
 

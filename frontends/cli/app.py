@@ -211,7 +211,7 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     from ..outputs import check_output
-    from ..running import read_inputs, run_package, write_outputs
+    from ..running import read_inputs, run_package, threads, write_outputs
 
     console.quieten_tvm()
     if outputs:
@@ -226,4 +226,4 @@ def run(
     )
     if outputs:
         write_outputs(result.outputs, outputs)
-    views.show_run(result, outputs, json)
+    views.show_run(result, threads(), outputs, json)

@@ -64,12 +64,13 @@ def show_plan(plan: Plan, package: Path, *, explain: bool, json: bool) -> None:
     print(f"{package}: {package.stat().st_size:,} bytes, {sparse} of {len(plan)} convolutions sparse")
 
 
-def show_run(result: TVMCResult, written: Path | None, json: bool) -> None:
+def show_run(result: TVMCResult, threads: int, written: Path | None, json: bool) -> None:
     """Names, types and shapes of the outputs, and the times if they were measured."""
     outputs = {name: {"dtype": str(array.dtype), "shape": list(array.shape)} for name, array in result.outputs.items()}
     times = result.times
     if json:
-        document: dict[str, Any] = {"format": "jointsparse.run", "version": 1, "outputs": outputs, "time_ms": None}
+        document: dict[str, Any] = {"format": "jointsparse.run", "version": 1, "outputs": outputs, "threads": threads}
+        document["time_ms"] = None
         if times:
             names = ("mean", "median", "max", "min", "std")
             document["time_ms"] = {name: 1e3 * getattr(times, name) for name in names}
@@ -77,7 +78,7 @@ def show_run(result: TVMCResult, written: Path | None, json: bool) -> None:
         print(jsonlib.dumps(document, indent=2))
         return
     if times:
-        print(result.format_times().rstrip())
+        print(f"{result.format_times().rstrip()}\non {threads} threads; TVM_NUM_THREADS sets another number")
     for name, output in outputs.items():
         print(f"{name}: {output['dtype']} {output['shape']}" + (f", in {written}" if written else ""))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,48 @@ def test_models_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"\x00" * 50)
     with pytest.raises(InputError, match=r"broken\.onnx"):
         read_model(tmp_path / "broken.onnx")
+
+
+def _log_of_autotvm(model: Path, log: Path) -> None:
+    """Records with the last configuration of every task, which is not what TVM falls back to."""
+    from tvm import autotvm
+
+    mod, params = read_model(model)
+    with log.open("w") as file:
+        for task in autotvm.task.extract_from_program(mod["main"], params, "llvm"):
+            record = autotvm.MeasureInput(task.target, task, task.config_space.get(len(task.config_space) - 1))
+            file.write(autotvm.record.encode(record, autotvm.MeasureResult((1e-6,), 0, 0.1, 0.0)) + "\n")
+
+
+def _log_of_auto_scheduler(model: Path, log: Path) -> None:
+    """Records with the unscheduled program of every task."""
+    from tvm import auto_scheduler
+
+    mod, params = read_model(model)
+    tasks, _ = auto_scheduler.extract_tasks(mod, params, "llvm")
+    inputs = [auto_scheduler.MeasureInput(task, task.compute_dag.get_init_state()) for task in tasks]
+    results = [auto_scheduler.MeasureResult([1e-6], 0, "", 0.1, 0.0) for _ in tasks]
+    auto_scheduler.save_records(str(log), inputs, results)
+
+
+@pytest.mark.parametrize("make_log", [_log_of_autotvm, _log_of_auto_scheduler])
+def test_tuning_records_are_applied(make_log: Callable[[Path, Path], None], package: Path, tmp_path: Path) -> None:
+    model = package.with_name("model.onnx")
+    log = tmp_path / "log.json"
+    make_log(model, log)
+    assert log.stat().st_size > 0
+    for name, records in (("plain", None), ("again", None), ("tuned", log)):
+        compile_model(model, "llvm", tmp_path / f"{name}.tar", domain="dense", tuning_records=records)
+    assert _code(tmp_path / "plain.tar") == _code(tmp_path / "again.tar")
+    assert _code(tmp_path / "plain.tar") != _code(tmp_path / "tuned.tar")
+    x = np.random.default_rng(3).normal(size=(1, 4, 12, 12)).astype(np.float32)
+    result = run_package(tmp_path / "tuned.tar", {"x": x}).outputs["output_0"]
+    np.testing.assert_allclose(result, _outputs_of_onnxruntime(x), rtol=1e-4, atol=1e-5)
+
+
+def _code(package: Path) -> bytes:
+    with tarfile.open(package) as archive:
+        return archive.extractfile("mod.so").read()  # type: ignore[union-attr]
 
 
 def test_broken_tuning_log(tmp_path: Path) -> None:
