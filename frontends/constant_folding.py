@@ -18,10 +18,8 @@ from onnx.reference import ReferenceEvaluator
 from . import onnx_graph
 
 _SMALL = 64
-_SAFE = frozenset(
-    "Abs Add Cast Ceil Concat Div Equal Floor Gather Identity Max Min Mod Mul Neg Not Reshape Round Slice Sqrt Squeeze "
-    "Sub Transpose Unsqueeze Where".split()
-)
+_ARITHMETIC = {"Abs", "Add", "Ceil", "Div", "Equal", "Floor", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Round", "Sub"}
+_MOVES = {"Cast", "Concat", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "Where"}
 
 
 def fold_shape_arithmetic(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> bool:
@@ -59,7 +57,7 @@ def _value(
         return _measure(node, shapes)
     if any(name and name not in known for name in node.input):
         return None
-    if node.op_type not in _SAFE and not _is_short_range(node, known):
+    if node.op_type not in _ARITHMETIC | _MOVES and not _is_short_range(node, known):
         return None
     graph = helper.make_graph(
         [node],
@@ -69,7 +67,7 @@ def _value(
     )
     evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)]))
     try:
-        value = evaluator.run(None, {name: known[name] for name in node.input if name})[0]
+        value = next(iter(evaluator.run(None, {name: known[name] for name in node.input if name})))
     # The evaluator raises whatever numpy does; the node is then left for TVM to judge.
     except Exception:
         return None

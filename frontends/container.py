@@ -1,28 +1,22 @@
-"""The bytes of a ``.jsm`` file, version 1; docs/format.md is the specification.
+"""What a ``.jsm`` file, version 1, is made of: limits, layouts, and the contents as objects.
 
-``encode`` and ``decode`` are exact inverses, canonical (same contents, same bytes) and safe on a stranger's file: every
-declared size is checked against fixed limits, and against what its stream can expand to, before anything is allocated.
+docs/format.md is the specification; ``container_encoder`` and ``container_decoder`` turn contents into bytes and back.
 Neither TVM nor torch is needed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import struct
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
-from . import codec, onnx_graph, winograd_spec
-from .errors import InputError
+from . import winograd_spec
 from .quantization import LayerQuantization
 
 MAGIC = b"\x89JSM\r\n\x1a\n"
@@ -41,31 +35,31 @@ NAME_MOST = 1024
 AXES_MOST = 16
 
 # Graph and index are parsed into objects many times their size, so a short stream may not stand for a long text.
-_TEXT_FREE = 2**20
-_TEXT_RATIO = 100
+TEXT_FREE = 2**20
+TEXT_RATIO = 100
 
-_PREFIX = struct.Struct("<8sHHQ")
-_SECTION = struct.Struct("<4sI")
-_TEXT = struct.Struct("<BI")
-_CRC = struct.Struct("<I")
-_DIGEST_BYTES = 8
-_REQUIRED = (b"INDX", b"GRPH", b"DATA", b"END ")
+PREFIX = struct.Struct("<8sHHQ")
+SECTION = struct.Struct("<4sI")
+TEXT = struct.Struct("<BI")
+CRC = struct.Struct("<I")
+DIGEST_BYTES = 8
+REQUIRED = (b"INDX", b"GRPH", b"DATA", b"END ")
 
 # Element types that a raw record can have.
-_TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float64": TensorProto.DOUBLE,
-    "float16": TensorProto.FLOAT16,
-    "int8": TensorProto.INT8,
-    "int16": TensorProto.INT16,
-    "int32": TensorProto.INT32,
-    "int64": TensorProto.INT64,
-    "uint8": TensorProto.UINT8,
-    "uint16": TensorProto.UINT16,
-    "uint32": TensorProto.UINT32,
-    "uint64": TensorProto.UINT64,
-    "bool": TensorProto.BOOL,
-}
+TYPES = (
+    "float32",
+    "float64",
+    "float16",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+)
 
 
 @dataclass(frozen=True)
@@ -123,486 +117,14 @@ class Contents:
 
 def can_hold(array: NDArray[Any]) -> bool:
     """Whether a raw record can have this array's element type."""
-    return array.dtype.name in _TYPES
+    return array.dtype.name in TYPES
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+def text_most(length: int) -> int:
+    """The longest text that a stream of ``length`` bytes may stand for."""
+    return TEXT_FREE + TEXT_RATIO * length
 
 
-def encode(contents: Contents) -> bytes:
-    """The bytes of the file.
-
-    Raises:
-        InputError: the contents exceed a limit of the format.
-    """
-    books, book_of = _bind_books(contents.records)
-    described = [_describe_book(book) for book in books]
-    described += [_describe(record, book_of.get(record.name)) for record in contents.records]
-    entries, streams = [], []
-    for entry, payload in described:
-        if payload:
-            coder, stream = codec.encode(payload)
-            entry |= {"coder": coder, "length": len(stream), "crc": zlib.crc32(stream)}
-            streams.append(stream)
-        entries.append(entry)
-    index = {
-        "books": entries[: len(books)],
-        "tensors": entries[len(books) :],
-        "winograd": {k: v.to_json() for k, v in contents.winograd.items()},
-    }
-    text = json.dumps(index, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    sections = [
-        _section(b"INDX", _text(text, INDEX_MOST, "index")),
-        _section(b"GRPH", _text(contents.graph.SerializeToString(deterministic=True), GRAPH_MOST, "graph")),
-        _section(b"DATA", b"".join(streams)),
-    ]
-    length = _PREFIX.size + sum(map(len, sections)) + _SECTION.size + _DIGEST_BYTES + _CRC.size
-    if length > FILE_MOST:
-        raise InputError(f"the file would have {length} bytes, more than the {FILE_MOST} of the format")
-    body = _PREFIX.pack(MAGIC, VERSION, 0, length) + b"".join(sections)
-    return body + _section(b"END ", _digest(body))
-
-
-Book = dict[int, np.float32]
-"""What codes stand for, but 0, which stands for 0."""
-
-
-def _bind_books(records: tuple[Record, ...]) -> tuple[list[Book], dict[str, int]]:
-    """Put the layers' codebooks together into as few as their contradictions allow; which one each record reads."""
-    books: list[Book] = []
-    book_of: dict[str, int] = {}
-    for record in records:
-        if isinstance(record.base, LayerQuantization) and record.base.codebook is not None:
-            pairs = zip(np.unique(record.base.codes).tolist(), record.base.codebook, strict=True)
-            own = {code: value for code, value in pairs if code}
-            if not own:
-                continue
-            fitting = (i for i, book in enumerate(books) if all(book.get(c, v) == v for c, v in own.items()))
-            number = next(fitting, len(books))
-            if number == len(books):
-                books.append({})
-            books[number].update(own)
-            book_of[record.name] = number
-    return books, book_of
-
-
-def _describe_book(book: Book) -> tuple[dict[str, Any], bytes]:
-    codes = sorted(book)
-    values = [book[code] for code in codes]
-    return {"count": len(codes)}, np.array(codes, "<i4").tobytes() + np.array(values, "<f4").tobytes()
-
-
-def _describe(record: Record, book: int | None) -> tuple[dict[str, Any], bytes]:
-    """The index entry of a record, and the bytes to be coded."""
-    entry: dict[str, Any] = {"name": record.name, "shape": list(record.shape)}
-    base = record.base
-    if isinstance(base, Shared):
-        entry |= {"kind": "shared", "of": base.of}
-        payload = b""
-    elif isinstance(base, LayerQuantization):
-        details, payload = _describe_codes(base)
-        entry |= details | ({} if book is None else {"book": book})
-    else:
-        entry |= {"kind": "raw", "type": base.dtype.name}
-        payload = np.ascontiguousarray(base, base.dtype.newbyteorder("<")).tobytes()
-    if record.scale is not None:
-        entry["scale"] = record.axis
-        payload += record.scale.astype("<f4").tobytes()
-    return entry, payload
-
-
-def _describe_codes(quantised: LayerQuantization) -> tuple[dict[str, Any], bytes]:
-    codes = np.asarray(quantised.codes)
-    width = next(w for w in (1, 2, 4) if codes.size == 0 or _fits(codes, w))
-    planes = codes.astype(f"<i{width}").reshape(-1, 1).view(np.uint8).T
-    entry: dict[str, Any] = {"kind": "codes", "width": width, "step": float(np.float32(quantised.step))}
-    if quantised.dither_seed is not None:
-        entry["seed"] = int(quantised.dither_seed)
-    return entry, planes.tobytes()
-
-
-def _fits(codes: NDArray[np.integer], width: int) -> bool:
-    limits = np.iinfo(f"i{width}")
-    return bool(codes.min() >= limits.min and codes.max() <= limits.max)
-
-
-def _text(data: bytes, most: int, what: str) -> bytes:
-    coder, stream = codec.encode(data)
-    if len(data) > min(most, _text_most(len(stream))):
-        raise InputError(f"the model's {what} has {len(data)} bytes without weights; the format holds {most}")
-    return _TEXT.pack(coder, len(data)) + stream
-
-
-def _text_most(length: int) -> int:
-    return _TEXT_FREE + _TEXT_RATIO * length
-
-
-def _section(tag: bytes, payload: bytes) -> bytes:
-    head = _SECTION.pack(tag, len(payload))
-    return head + payload + _CRC.pack(zlib.crc32(payload, zlib.crc32(tag)))
-
-
-def _digest(body: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def decode(data: bytes, where: str = "the file") -> Contents:
-    """The contents of a file.
-
-    Args:
-        data: all its bytes. where: the file's name, for messages.
-
-    Raises:
-        InputError: it is no such file, is damaged, was made by a newer version, or declares more than the limits.
-    """
-    try:
-        sections = _sections(memoryview(data))
-        index = _parse_index(_read_text(sections[b"INDX"], INDEX_MOST, "index"))
-        books, entries = _entries(index, len(sections[b"DATA"]))
-        graph = _parse_graph(_read_text(sections[b"GRPH"], GRAPH_MOST, "graph"), entries)
-        records = _read_records(books, entries, sections[b"DATA"])
-        shapes = {record.name: record.shape for record in records}
-        winograd = winograd_spec.parse(index["winograd"], shapes, "index")
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    sizes = Sizes(
-        tensors={entry.name: entry.length for entry in entries},
-        streams=len(sections[b"DATA"]),
-        graph=len(sections[b"GRPH"]),
-        index=len(sections[b"INDX"]),
-        file=len(data),
-    )
-    return Contents(graph, records, winograd, sizes)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A checked index entry; the stream lies at ``start`` in the DATA section."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    fields: Mapping[str, Any]
-    start: int
-    length: int
-    size: int
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-
-def _sections(data: memoryview) -> dict[bytes, memoryview]:
-    """The required sections, all checksums verified."""
-    if len(data) < _PREFIX.size or bytes(data[: len(MAGIC)]) != MAGIC:
-        raise InputError("not a .jsm file; give a file made by jointsparse save or compress")
-    _, version, flags, length = _PREFIX.unpack_from(data)
-    if version != VERSION or flags:
-        raise InputError(f"version {version} of the format; this jointsparse reads version {VERSION}; upgrade it")
-    if length != len(data):
-        kind = "truncated" if length > len(data) else "followed by foreign bytes"
-        raise InputError(f"{kind}: it has {len(data)} bytes of {length}; get the file again")
-    found: dict[bytes, memoryview] = {}
-    end = _PREFIX.size
-    while b"END " not in found:
-        start = end
-        tag, payload, end = _read_section(data, start)
-        if tag in found:
-            raise InputError(f"damaged: two sections {tag.decode()!r}; get the file again")
-        if tag in _REQUIRED:
-            found[tag] = payload
-        elif not 0x61 <= tag[0] <= 0x7A:
-            raise InputError(f"needs section {tag!r}, unknown to this version; upgrade jointsparse")
-    if end != len(data) or found[b"END "] != _digest(data[:start]):
-        raise InputError("damaged: the checksum of the whole file is wrong; get the file again")
-    for tag in _REQUIRED:
-        if tag not in found:
-            raise InputError(f"damaged: no section {tag.decode()!r}; get the file again")
-    return found
-
-
-def _read_section(data: memoryview, start: int) -> tuple[bytes, memoryview, int]:
-    """Tag, payload and end of the section at ``start``."""
-    if start + _SECTION.size + _CRC.size > len(data):
-        raise InputError(f"damaged: no room for a section at byte {start}; get the file again")
-    tag, length = _SECTION.unpack_from(data, start)
-    first = start + _SECTION.size
-    last = first + length
-    if last + _CRC.size > len(data):
-        raise InputError(f"damaged: the section at byte {start} is longer than the file; get the file again")
-    payload = data[first:last]
-    if zlib.crc32(payload, zlib.crc32(tag)) != _CRC.unpack_from(data, last)[0]:
-        raise InputError(f"damaged: the checksum of the section at byte {start} is wrong; get the file again")
-    return tag, payload, last + _CRC.size
-
-
-def _read_text(payload: memoryview, most: int, what: str) -> bytes:
-    if len(payload) < _TEXT.size:
-        raise InputError(f"damaged: the {what} is too short; get the file again")
-    coder, size = _TEXT.unpack_from(payload)
-    stream = bytes(payload[_TEXT.size :])
-    if size > min(most, _text_most(len(stream))):
-        raise InputError(f"the {what} declares {size} bytes, more than the format allows; do not trust this file")
-    return _decode_stream(coder, stream, size, what)
-
-
-def _decode_stream(coder: int, stream: bytes, size: int, what: str) -> bytes:
-    try:
-        return codec.decode(coder, stream, size)
-    except InputError as error:
-        raise InputError(f"{what}: {error}") from None
-
-
-def _parse_index(text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
-    def no_constant(name: str) -> float:
-        raise ValueError(f"{name} is no number")
-
-    try:
-        index = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"index: not valid JSON ({error}); do not trust this file") from None
-    _check_keys(index, {"books", "tensors", "winograd"}, set(), "index")
-    for key in ("books", "tensors"):
-        if not isinstance(index[key], list) or len(index[key]) > TENSORS_MOST:
-            raise InputError(f"index: {key} must be a list of at most {TENSORS_MOST}; do not trust this file")
-    return dict(index)
-
-
-def _entries(index: dict[str, Any], data_length: int) -> tuple[list[_Entry], list[_Entry]]:
-    """The checked codebooks and tensors. Nothing is decoded before all are known to fit the limits and the section."""
-    books: list[_Entry] = []
-    tensors: dict[str, _Entry] = {}
-    start = total = 0
-    for position, fields in enumerate(index["books"] + index["tensors"]):
-        is_book = position < len(index["books"])
-        entry = _book_entry(fields, position, start) if is_book else _entry(fields, start, tensors, len(books))
-        start += entry.length
-        total += max(entry.size, 0 if is_book else entry.count * _item_size(entry))
-        if start > data_length or total > WEIGHTS_MOST:
-            raise _refuse(entry.name, "it and those before it are larger than the file or the format allows")
-        if is_book:
-            books.append(entry)
-        else:
-            tensors[entry.name] = entry
-    if start != data_length:
-        raise InputError(f"index: the streams have {start} bytes, not the {data_length} there; do not trust this file")
-    return books, list(tensors.values())
-
-
-_KEYS = {
-    "raw": ({"type"}, set[str]()),
-    "codes": ({"width", "step"}, {"seed", "book"}),
-    "shared": ({"of"}, set[str]()),
-}
-_STREAM_KEYS = {"coder", "length", "crc"}
-
-
-def _book_entry(fields: Any, position: int, start: int) -> _Entry:
-    name = f"codebook {position}"
-    _check_keys(fields, {"count"} | _STREAM_KEYS, set(), name)
-    if not _is_int(fields["count"], 1, INDEX_MOST):
-        raise _refuse(name, "count must be a positive integer")
-    return _with_stream(_Entry(name, (fields["count"],), "book", fields, start, 0, 8 * fields["count"]))
-
-
-def _with_stream(entry: _Entry) -> _Entry:
-    """The entry with the length of its stream, which must be able to hold its size."""
-    fields = entry.fields
-    if any(not _is_int(fields.get(key, 0), 0, 2**32 - 1) for key in _STREAM_KEYS):
-        raise _refuse(entry.name, "coder, length and crc must be unsigned integers")
-    coder = codec.CODERS.get(fields.get("coder", 0))
-    length = fields.get("length", 0)
-    if coder is None:
-        raise _refuse(entry.name, f"coder {fields['coder']} is unknown; a newer jointsparse may know it")
-    if entry.size > coder.most(length):
-        raise _refuse(entry.name, f"{length} bytes of {coder.name} cannot hold the {entry.size} bytes declared")
-    return replace(entry, length=length)
-
-
-def _entry(fields: Any, start: int, seen: Mapping[str, _Entry], books: int) -> _Entry:
-    if not isinstance(fields, dict):
-        raise InputError("index: a tensor must be an object; do not trust this file")
-    name, kind, shape = str(fields.get("name")), fields.get("kind"), fields.get("shape")
-    if not _is_name(fields.get("name")) or name in seen:
-        raise InputError(f"index: {name[:40]!r} is no name, or stands twice; do not trust this file")
-    if not isinstance(kind, str) or kind not in _KEYS:
-        raise _refuse(name, f"kind {str(kind)[:40]!r} is unknown; a newer jointsparse may know it")
-    if not isinstance(shape, list) or len(shape) > AXES_MOST or not all(_is_int(n, 1, 2**31 - 1) for n in shape):
-        raise _refuse(name, "the shape must be a short list of positive integers")
-    needed, optional = _KEYS[kind]
-    has_stream = kind != "shared" or "scale" in fields
-    streams = _STREAM_KEYS if has_stream else set[str]()
-    _check_keys(fields, {"name", "kind", "shape"} | needed | streams, optional | {"scale"}, f"tensor {name!r}")
-    _check_fields(name, kind, shape, fields, seen, books)
-    entry = _Entry(name, tuple(shape), kind, fields, start, 0, 0)
-    return _with_stream(replace(entry, size=_payload_size(entry)))
-
-
-def _check_fields(
-    name: str, kind: str, shape: list[int], fields: Mapping[str, Any], seen: Mapping[str, _Entry], books: int
-) -> None:
-    """Types and ranges of one entry's fields."""
-    if "scale" in fields and not _is_int(fields["scale"], 0, len(shape) - 1):
-        raise _refuse(name, "scale must be one of its axes")
-    if kind == "raw" and (not isinstance(fields["type"], str) or fields["type"] not in _TYPES):
-        raise _refuse(name, f"type {str(fields['type'])[:40]!r} is unknown")
-    if kind == "raw" and "scale" in fields and fields["type"] != "float32":
-        raise _refuse(name, "only float32 tensors have a scale")
-    if kind == "codes":
-        if fields["width"] not in (1, 2, 4) or not _is_int(fields["width"], 1, 4):
-            raise _refuse(name, "width must be 1, 2 or 4")
-        if type(fields["step"]) is not float or not _is_positive_float32(fields["step"]):
-            raise _refuse(name, "step must be a positive float32 number")
-        if not _is_int(fields.get("seed", 0), 0, 2**63 - 1):
-            raise _refuse(name, "seed must be an integer from 0 to 2^63 - 1")
-        if "book" in fields and not _is_int(fields["book"], 0, books - 1):
-            raise _refuse(name, "book must be the number of a codebook")
-    if kind == "shared":
-        other = seen.get(fields["of"]) if isinstance(fields["of"], str) else None
-        if other is None or other.kind == "shared" or list(other.shape) != shape or not _is_float32(other):
-            raise _refuse(name, "it must share a float32 tensor of its shape that stands before it")
-
-
-def _is_float32(entry: _Entry) -> bool:
-    return entry.kind == "codes" or entry.fields.get("type") == "float32"
-
-
-def _item_size(entry: _Entry) -> int:
-    return np.dtype(entry.fields["type"]).itemsize if entry.kind == "raw" else 4
-
-
-def _payload_size(entry: _Entry) -> int:
-    fields = entry.fields
-    item = {"raw": _item_size(entry), "codes": fields.get("width", 0), "shared": 0}[entry.kind]
-    scales = entry.shape[fields["scale"]] if "scale" in fields else 0
-    return entry.count * int(item) + 4 * scales
-
-
-def _read_records(books: list[_Entry], entries: list[_Entry], data: memoryview) -> tuple[Record, ...]:
-    read_books = [_read_book(book, data) for book in books]
-    return tuple(_read_record(entry, data, read_books) for entry in entries)
-
-
-def _read_payload(entry: _Entry, data: memoryview) -> bytes:
-    stream = bytes(data[entry.start : entry.start + entry.length])
-    if zlib.crc32(stream) != entry.fields.get("crc", 0):
-        raise InputError(f"damaged: the checksum of tensor {entry.name!r} is wrong; get the file again")
-    if not entry.size:
-        return b""
-    return _decode_stream(entry.fields["coder"], stream, entry.size, f"tensor {entry.name!r}")
-
-
-def _read_book(entry: _Entry, data: memoryview) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    payload = _read_payload(entry, data)
-    codes = np.frombuffer(payload, "<i4", entry.count).astype(np.int32)
-    if np.any(codes[1:] <= codes[:-1]) or np.any(codes == 0):
-        raise _refuse(entry.name, "its codes do not ascend, or 0 is among them")
-    return codes, _floats(payload[4 * entry.count :], entry.name)
-
-
-_Books = list[tuple[NDArray[np.int32], NDArray[np.float32]]]
-
-
-def _read_record(entry: _Entry, data: memoryview, books: _Books) -> Record:
-    payload = _read_payload(entry, data)
-    scale = None
-    if "scale" in entry.fields:
-        length = 4 * entry.shape[entry.fields["scale"]]
-        scale = _floats(payload[len(payload) - length :], entry.name)
-        payload = payload[: len(payload) - length]
-    return Record(entry.name, entry.shape, _read_base(entry, payload, books), scale, entry.fields.get("scale", 0))
-
-
-def _read_base(entry: _Entry, payload: bytes, books: _Books) -> NDArray[Any] | LayerQuantization | Shared:
-    if entry.kind == "shared":
-        return Shared(entry.fields["of"])
-    if entry.kind == "raw":
-        dtype = np.dtype(entry.fields["type"])
-        if dtype == np.bool_ and payload.strip(b"\0\1"):
-            raise _refuse(entry.name, "a truth value is neither 0 nor 1")
-        return np.frombuffer(payload, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(entry.shape)
-    return _read_codes(entry, payload, books)
-
-
-def _read_codes(entry: _Entry, payload: bytes, books: _Books) -> LayerQuantization:
-    width, step = entry.fields["width"], entry.fields["step"]
-    planes = np.frombuffer(payload, np.uint8).reshape(width, entry.count)
-    codes = np.ascontiguousarray(planes.T).view(f"<i{width}").astype(np.int32).reshape(entry.shape)
-    if (max(-int(codes.min()), int(codes.max())) + 1) * step > float(np.finfo(np.float32).max):
-        raise _refuse(entry.name, "a value exceeds float32")
-    codebook = None
-    if "book" in entry.fields:
-        codebook = _look_up(np.unique(codes), books[entry.fields["book"]], entry.name)
-    return LayerQuantization(codes, step, entry.fields.get("seed"), codebook)
-
-
-def _look_up(
-    distinct: NDArray[np.int32], book: tuple[NDArray[np.int32], NDArray[np.float32]], name: str
-) -> NDArray[np.float32]:
-    """The values of the distinct codes of a layer; 0 stands for 0."""
-    codes, values = book
-    position = np.minimum(np.searchsorted(codes, distinct), len(codes) - 1)
-    if np.any((codes[position] != distinct) & (distinct != 0)):
-        raise _refuse(name, "a code is not in its codebook")
-    return np.where(distinct == 0, np.float32(0), values[position])
-
-
-def _floats(payload: bytes, name: str) -> NDArray[np.float32]:
-    values = np.frombuffer(payload, "<f4").astype(np.float32)
-    if not np.all(np.isfinite(values)):
-        raise _refuse(name, "a value that must be finite is not")
-    return values
-
-
-def _parse_graph(text: bytes, entries: list[_Entry]) -> ModelProto:
-    model = ModelProto()
-    try:
-        model.ParseFromString(text)
-    except (DecodeError, ValueError, RecursionError):
-        raise InputError("graph: not an ONNX model; do not trust this file") from None
-    if model.functions or model.training_info:
-        raise InputError("graph: it has functions or training steps; do not trust this file")
-    if any(t.data_location != TensorProto.DEFAULT or t.external_data for t in onnx_graph.tensors(model.graph)):
-        raise InputError("graph: it refers to tensors in other files; do not trust this file")
-    names = [tensor.name for tensor in model.graph.initializer] + [entry.name for entry in entries]
-    if len(set(names)) != len(names):
-        raise InputError("graph: two tensors of one name; do not trust this file")
-    return model
-
-
-def _check_keys(fields: Any, needed: set[str], optional: set[str], what: str) -> None:
-    """Every key known or optional by its name; the needed ones there."""
-    if not isinstance(fields, dict):
-        raise InputError(f"{what}: must be an object; do not trust this file")
-    missing = needed - fields.keys()
-    unknown = {key for key in fields.keys() - needed - optional if not key.startswith("x-")}
-    if missing or unknown:
-        problem = f"lacks {min(missing)!r}" if missing else f"needs {min(unknown)[:40]!r}, unknown to this version"
-        raise InputError(f"{what}: {problem}; upgrade jointsparse, or do not trust this file")
-
-
-def _is_name(name: Any) -> bool:
-    if not isinstance(name, str) or not 0 < len(name) <= NAME_MOST:
-        return False
-    # A lone surrogate can stand in JSON but in no protobuf string.
-    return not any(0xD800 <= ord(c) <= 0xDFFF for c in name)
-
-
-def _is_int(value: Any, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _is_positive_float32(value: float) -> bool:
-    return 0 < value <= float(np.finfo(np.float32).max) and float(np.float32(value)) == value
-
-
-def _refuse(name: str, why: str) -> InputError:
-    return InputError(f"tensor {name[:80]!r}: {why}; do not trust this file")
+def digest(body: bytes | memoryview) -> bytes:
+    """The checksum of all bytes before the END section."""
+    return hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, numpy_helper
 
-from . import batch_norm, container, onnx_graph, winograd_spec
+from . import batch_norm, container, container_decoder, container_encoder, onnx_graph, winograd_spec
 from .container import Contents, Record, Shared
 from .errors import InputError
 from .outputs import replacing
@@ -76,9 +76,9 @@ def load(path: PathLike) -> tuple[tvm.IRModule, dict[str, tvm.nd.NDArray]]:
     Raises:
         InputError: the file is damaged, foreign, too new or too large, or TVM cannot import its graph.
     """
-    from .onnx_import import from_onnx
+    from .onnx_import import to_relay
 
-    return from_onnx(read_model(path))
+    return to_relay(read_model(path), str(path))
 
 
 def decompress(source: PathLike, destination: PathLike) -> None:
@@ -109,7 +109,7 @@ def read(path: PathLike) -> Contents:
     Raises:
         InputError: the file is damaged, foreign, too new or too large.
     """
-    return container.decode(_read_bytes(Path(path)), str(path))
+    return container_decoder.decode(_read_bytes(Path(path)), str(path))
 
 
 def write(contents: Contents, path: PathLike) -> None:
@@ -118,8 +118,8 @@ def write(contents: Contents, path: PathLike) -> None:
     Raises:
         InputError: a limit of the format is exceeded, or the file cannot be written.
     """
-    data = container.encode(contents)
-    again = unpack(container.decode(data, str(path)))
+    data = container_encoder.encode(contents)
+    again = unpack(container_decoder.decode(data, str(path)))
     if again.SerializeToString(deterministic=True) != unpack(contents).SerializeToString(deterministic=True):
         raise RuntimeError("the file does not decode to what was encoded; please report this with the model")
     with replacing(Path(path)) as temporary:

@@ -59,6 +59,11 @@ def from_onnx(
     """
     model, name = onnx_graph.read(source)
     onnx_graph.fix_input_shapes(model, dict(shape) if shape else None, name)
+    return to_relay(model, name)
+
+
+def to_relay(model: ModelProto, name: str) -> tuple[tvm.IRModule, dict[str, tvm.nd.NDArray]]:
+    """``from_onnx`` for a checked model of fixed shapes, which is changed; ``name`` is for messages."""
     onnx_graph.tidy(model, name)
     batch_norm.fold(model)
     spec = _spec(model, name)

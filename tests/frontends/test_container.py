@@ -19,6 +19,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from jointsparse.frontends import codec, container, model_file, winograd_spec
 from jointsparse.frontends.container import Contents, Record, Shared
+from jointsparse.frontends.container_decoder import decode
+from jointsparse.frontends.container_encoder import encode
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.quantization import LayerQuantization, quantize_array
 from tests.frontends.graphs import floats, model, put_together, read_index, stored, take_apart
@@ -56,11 +58,11 @@ def _contents() -> Contents:
 
 @pytest.fixture(scope="module")
 def data() -> bytes:
-    return container.encode(_contents())
+    return encode(_contents())
 
 
 def test_round_trip(data: bytes) -> None:
-    before, after = _contents(), container.decode(data)
+    before, after = _contents(), decode(data)
     assert after.winograd == before.winograd
     assert after.graph == before.graph
     assert [(r.name, r.shape, r.axis) for r in after.records] == [(r.name, r.shape, r.axis) for r in before.records]
@@ -71,12 +73,12 @@ def test_round_trip(data: bytes) -> None:
 
 
 def test_canonical(data: bytes) -> None:
-    assert container.encode(_contents()) == data
-    assert container.encode(container.decode(data)) == data
+    assert encode(_contents()) == data
+    assert encode(decode(data)) == data
 
 
 def test_sizes_count_every_byte(data: bytes) -> None:
-    sizes = container.decode(data).sizes
+    sizes = decode(data).sizes
     assert sizes is not None
     sections = take_apart(data)
     assert (sizes.graph, sizes.index, sizes.streams) == tuple(len(sections[t]) for t in (b"GRPH", b"INDX", b"DATA"))
@@ -89,9 +91,9 @@ def test_layers_tuned_together_share_one_codebook() -> None:
     contradiction = LayerQuantization(codes[0], 0.5, None, np.unique(codes[0]).astype(np.float32))
     layers = [LayerQuantization(c, 0.1, None, np.array([table[v] for v in np.unique(c)])) for c in codes]
     records = tuple(Record(str(i), (8, 8), layer) for i, layer in enumerate([*layers, contradiction]))
-    data = container.encode(Contents(ModelProto(), records))
+    data = encode(Contents(ModelProto(), records))
     assert len(read_index(take_apart(data))["books"]) == 2
-    for before, after in zip(records, container.decode(data).records, strict=True):
+    for before, after in zip(records, decode(data).records, strict=True):
         np.testing.assert_array_equal(model_file.base_values(after, {}), model_file.base_values(before, {}))
 
 
@@ -101,8 +103,8 @@ def test_layers_tuned_together_share_one_codebook() -> None:
 )
 def test_any_code_in_any_width(codes: list[int], seed: int | None) -> None:
     layer = LayerQuantization(np.array(codes, np.int32), 0.5, seed)
-    data = container.encode(Contents(ModelProto(), (Record("w", (len(codes),), layer),)))
-    base = container.decode(data).records[0].base
+    data = encode(Contents(ModelProto(), (Record("w", (len(codes),), layer),)))
+    base = decode(data).records[0].base
     assert isinstance(base, LayerQuantization)
     np.testing.assert_array_equal(base.codes, layer.codes)
     np.testing.assert_array_equal(base.dequantize(), layer.dequantize())
@@ -113,7 +115,7 @@ def test_any_code_in_any_width(codes: list[int], seed: int | None) -> None:
 
 def _refused(data: bytes, match: str = ".") -> str:
     with pytest.raises(InputError, match=match) as caught:
-        container.decode(data, "m.jsm")
+        decode(data, "m.jsm")
     message = str(caught.value)
     assert message.startswith("m.jsm: ")
     assert "\n" not in message
@@ -153,7 +155,7 @@ def test_damage_under_right_checksums_is_refused_or_harmless(data: bytes, change
         sections[tag] = bytes(text) if tag == b"DATA" else stored(bytes(text))
     sections[b"INDX"] = _with_right_checksums(sections)
     with contextlib.suppress(InputError):
-        model_file.unpack(container.decode(put_together(sections)))
+        model_file.unpack(decode(put_together(sections)))
 
 
 def _with_right_checksums(sections: dict[bytes, bytes]) -> bytes:
@@ -188,8 +190,8 @@ def test_newer_version_is_refused(data: bytes) -> None:
 
 def test_unknown_optional_section_is_skipped_and_a_required_one_refused(data: bytes) -> None:
     sections = take_apart(data)
-    same = container.decode(put_together({b"note": b"made by hand", **sections}))
-    assert model_file.unpack(same) == model_file.unpack(container.decode(data))
+    same = decode(put_together({b"note": b"made by hand", **sections}))
+    assert model_file.unpack(same) == model_file.unpack(decode(data))
     assert "upgrade" in _refused(put_together({b"MORE": b"", **sections}), "MORE")
 
 
@@ -275,14 +277,14 @@ def test_hostile_index(data: bytes, case: str) -> None:
 
 
 def test_unknown_optional_key_is_skipped(data: bytes) -> None:
-    same = container.decode(_with_index(data, _set(1, **{"x-author": "me"})))
-    assert model_file.unpack(same) == model_file.unpack(container.decode(data))
+    same = decode(_with_index(data, _set(1, **{"x-author": "me"})))
+    assert model_file.unpack(same) == model_file.unpack(decode(data))
 
 
 def _with_graph(data: bytes, change: Callable[[ModelProto], Any]) -> bytes:
     sections = take_apart(data)
     graph = ModelProto()
-    graph.CopyFrom(container.decode(data).graph)
+    graph.CopyFrom(decode(data).graph)
     change(graph)
     return put_together({**sections, b"GRPH": stored(graph.SerializeToString())})
 
@@ -329,7 +331,7 @@ def test_graph_that_is_no_valid_model(data: bytes, tmp_path: Path) -> None:
 def _bomb(kind: str) -> bytes:
     """Files of a few hundred bytes that claim, or are, a hundred megabytes."""
     coder, zeros = 1, codec.CODERS[1].encode(bytes(100_000_000))
-    data = container.encode(_contents())
+    data = encode(_contents())
     sections = take_apart(data)
     index = read_index(sections)
     if kind == "stream":
@@ -352,11 +354,11 @@ def _bomb(kind: str) -> bytes:
 
 _DECODE = """
 import resource, sys
-from jointsparse.frontends import container
+from jointsparse.frontends.container_decoder import decode
 from jointsparse.frontends.errors import InputError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    container.decode(sys.stdin.buffer.read())
+    decode(sys.stdin.buffer.read())
 except InputError as error:
     print(error)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -378,4 +380,4 @@ def test_limits_hold_when_writing() -> None:
     graph = ModelProto()
     graph.graph.doc_string = "x" * (container.GRAPH_MOST + 1)
     with pytest.raises(InputError, match="graph"):
-        container.encode(Contents(graph, ()))
+        encode(Contents(graph, ()))

@@ -289,7 +289,7 @@ def test_operator_unknown_to_tvm_is_replaced_by_its_definition(op: str) -> None:
 
 def test_operator_nobody_knows_is_named() -> None:
     proto = model([helper.make_node("Det", ["x"], ["y"])], {"x": (3, 3)}, {})
-    with pytest.raises(InputError, match="TVM 0.19 has no Det"):
+    with pytest.raises(InputError, match=r"TVM 0\.19 has no Det"):
         frontends.from_onnx(proto)
 
 
@@ -326,7 +326,7 @@ def test_weights_are_parameters_and_shapes_constants() -> None:
     ]
     constants = {"w": floats(4, 3, 3, 3), "shape": np.array([1, -1]), "m": floats(16, 5)}
     proto = model(nodes, {"x": (1, 3, 4, 4)}, constants)
-    mod, params = frontends.from_onnx(proto)
+    params = frontends.from_onnx(proto)[1]
     assert set(params) == {"w", "m"}
     np.testing.assert_array_equal(params["w"].numpy(), constants["w"])
     _assert_same(proto, floats(1, 3, 4, 4))
