@@ -29,13 +29,15 @@ __all__ = ["DataTable", "NetworkTable", "OptimiserTable", "Recipe", "RunTable", 
 @dataclass(frozen=True)
 class RunTable:
     """``[run]``. precision: "fp32", or "bf16" (autocast; the regularisers stay in fp32). threads: of the processor, 0
-    for torch's choice. evaluate_every: measure on the test data every so many epochs, 0 only at the end."""
+    for torch's choice. evaluate_every: measure on the test data every so many epochs, 0 only at the end.
+    evaluate_start: measure the weights started from as well."""
 
     epochs: int
     seed: int = 0
     precision: str = "fp32"
     threads: int = 0
     evaluate_every: int = 0
+    evaluate_start: bool = True
 
 
 @dataclass(frozen=True)

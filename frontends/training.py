@@ -79,7 +79,7 @@ def train(
     if weights is not None:
         load_weights(model, weights)
     start = time.time()
-    before = _evaluate(task, model) if weights is not None else {}
+    before = _evaluate(task, model) if weights is not None and plan.run.evaluate_start else {}
     trainee = _Trainee(model, task, plan)
     _fit(trainee, plan, output, resume, processes)
     if not trainee.trainer.is_global_zero:
@@ -237,8 +237,7 @@ def _measure_builds(task: _Task, model: nn.Module, plan: Recipe) -> dict[str, An
         return {"dense": _evaluate(task, model)}
     target = plan.sparsity
     pruner = JointSparsity(model, target.prune_spatial, target.prune_winograd, target.tile, weighted=target.weighted)
-    results: dict[str, Any] = {"dense": _evaluate(task, model)}
-    pruner.prune_("winograd")
+    results: dict[str, Any] = {}
     with winograd_pruned(model, pruner.winograd_spec()):
         results["winograd_only"] = _evaluate(task, model)
     results["spatial_sparsity"] = pruner.prune_("spatial")

@@ -44,21 +44,21 @@ def winograd_conv2d(
     Args:
         padding: top, left, bottom, right.
     """
-    at, _, bt = (torch.as_tensor(a, dtype=x.dtype, device=x.device) for a in winograd.arrays())
+    at, _, bt = winograd.arrays()
+    # Both transforms act on rows and columns at once, as one matrix product each over all tiles.
+    inputs, outputs = (torch.as_tensor(np.kron(a, a), dtype=x.dtype, device=x.device) for a in (bt, at))
     m, n = winograd.m, winograd.n
     top, left, bottom, right = padding
     height = x.shape[2] + top + bottom - winograd.r + 1
     width = x.shape[3] + left + right - winograd.r + 1
     rows, columns = -(-height // m), -(-width // m)
     x = F.pad(x, (left, right + columns * m - width, top, bottom + rows * m - height))
-    tiles = x.unfold(2, n, m).unfold(3, n, m)  # N, C, rows, columns, n, n
-    batch, channels = tiles.shape[:2]
-    data = (bt @ tiles @ bt.T).permute(4, 5, 1, 0, 2, 3).reshape(n * n, groups, channels // groups, -1)
-    outputs = filters.shape[0]
-    kernels = filters.permute(2, 3, 0, 1).reshape(n * n, groups, outputs // groups, channels // groups)
-    products = (kernels @ data).reshape(n, n, outputs, batch, rows, columns)
-    blocks = at @ products.permute(3, 2, 4, 5, 0, 1) @ at.T  # N, K, rows, columns, m, m
-    image = blocks.permute(0, 1, 2, 4, 3, 5).reshape(batch, outputs, rows * m, columns * m)
+    batch, channels, total = x.shape[0], x.shape[1], filters.shape[0]
+    tiles = F.unfold(x.contiguous(), n, stride=m).reshape(batch, channels, n * n, rows * columns)
+    data = (inputs @ tiles.permute(2, 1, 0, 3).reshape(n * n, -1)).reshape(n * n, groups, channels // groups, -1)
+    kernels = filters.permute(2, 3, 0, 1).reshape(n * n, groups, total // groups, channels // groups)
+    blocks = (outputs @ (kernels @ data).reshape(n * n, -1)).reshape(m, m, total, batch, rows, columns)
+    image = blocks.permute(3, 2, 4, 0, 5, 1).reshape(batch, total, rows * m, columns * m)
     return image[:, :, :height, :width]
 
 
