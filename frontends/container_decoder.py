@@ -62,6 +62,9 @@ def decode(data: bytes, where: str = "the file") -> Contents:
         records = _read_records(books, entries, sections[b"DATA"])
         shapes = {record.name: record.shape for record in records}
         winograd = winograd_spec.parse(index["winograd"], shapes, "index")
+        for record in records:
+            if record.name in winograd and record.scale is not None and record.axis != 0:
+                raise _refuse(record.name, "a Winograd threshold needs a scale of output channels")
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     sizes = Sizes(

@@ -266,6 +266,7 @@ HOSTILE = {
     "tile not offered": (lambda i: i["winograd"]["a"].update(tile=6), "tile"),
     "threshold negative": (lambda i: i["winograd"]["a"].update(threshold=-1.0), "threshold"),
     "thresholds too few": (lambda i: i["winograd"]["a"].update(threshold=[1.0]), "threshold"),
+    "threshold across the scale": (lambda i: i["winograd"].update(c=i["winograd"]["a"]), "output channels"),
     "threshold of a matrix": (lambda i: i["winograd"].update(d=i["winograd"]["a"]), "no Winograd form"),
 }
 
