@@ -21,18 +21,8 @@ from tests.frontends.graphs import floats, model, run
 from tests.frontends.torch_models import Residual, Shared, randomised
 
 
-class _Objective:
-    """What ``save`` asks of a JointSparsity: thresholds of the present weights."""
-
-    def __init__(self, spec: dict[str, Any]) -> None:
-        self.spec = spec
-
-    def winograd_spec(self) -> dict[str, Any]:
-        return self.spec
-
-
-def _entry(threshold: float = 0.1, tile: int = 4) -> dict[str, Any]:
-    return {"tile": tile, "origin": [0, 0], "threshold": threshold, "weighted": True}
+def _objective(module: torch.nn.Module, **options: Any) -> frontends.JointSparsity:
+    return frontends.JointSparsity(module, **{"spatial": 0.5, "winograd": 0.6, "tile": 4, **options})
 
 
 def _reference(module: torch.nn.Module, *inputs: torch.Tensor) -> np.ndarray:
@@ -102,29 +92,29 @@ def test_module_without_a_zero_and_with_zeros_only(path: Path) -> None:
 
 
 def test_equal_tensors_keep_their_names(path: Path) -> None:
-    """The legacy exporter merges initializers of equal values, as two all-zero layers are."""
-    module, x = randomised(Residual()), torch.randn(1, 3, 16, 16)
-    module.conv1.weight.data.zero_()
-    module.conv2.weight = torch.nn.Parameter(torch.zeros(16, 8, 3, 3))
-    module.stem.weight.data = torch.zeros(8, 3, 3, 3)
-    frontends.quantize_(module, step=0.25)
-    frontends.save(module, x, path, objective=_Objective({"conv1.weight": _entry()}))
-    names = {record.name for record in model_file.read(path).records}
-    assert {"stem.weight", "conv1.weight", "conv2.weight"} <= names
+    """The legacy exporter merges initializers of equal values; each layer keeps its weight, codes and threshold."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3)).eval()
+    module[2].load_state_dict(module[0].state_dict())
+    frontends.quantize_(module, step=0.02)
+    frontends.save(module, torch.randn(1, 4, 9, 9), path, objective=_objective(module))
+    contents = model_file.read(path)
+    assert {record.name for record in contents.records} == set(contents.winograd) == {"0.weight", "2.weight"}
+    assert all(isinstance(record.base, LayerQuantization) for record in contents.records)
 
 
 def test_shared_grouped_two_inputs(path: Path) -> None:
     module, inputs = randomised(Shared()), (torch.randn(1, 4, 9, 7), torch.randn(1, 4, 9, 7))
     frontends.quantize_(module, step=0.05)
-    spec = {"conv.weight": _entry(0.02), "grouped.weight": _entry(0.03, tile=2)}
-    frontends.save(module, inputs, path, objective=_Objective(spec))
+    objective = _objective(module, tile={"conv": 4, "grouped": 2})
+    threshold = objective.winograd_spec()["conv.weight"]["threshold"]
+    frontends.save(module, inputs, path, objective=objective)
     contents = model_file.read(path)
     records = {record.name: record for record in contents.records}
     assert records["conv.weight.scaled"].base == container.Shared("conv.weight")
-    assert {k: v.threshold for k, v in contents.winograd.items()} == {
-        "conv.weight": 0.02,
-        "conv.weight.scaled": 0.02,
-        "grouped.weight": 0.03,
+    assert {k: (v.tile, v.threshold) for k, v in contents.winograd.items()} == {
+        "conv.weight": (4, threshold),
+        "conv.weight.scaled": (4, threshold),
+        "grouped.weight": (2, threshold),
     }
     proto = _decompressed(path)
     arrays = [x.numpy() for x in inputs]
@@ -135,9 +125,11 @@ def test_shared_grouped_two_inputs(path: Path) -> None:
 
 def test_thresholds_prune_the_same_entries_before_and_after_folding(path: Path) -> None:
     module, x = randomised(Residual()), torch.randn(1, 3, 16, 16)
-    frontends.save(module, x, path, objective=_Objective({"conv1.weight": _entry(0.002)}))
-    layer = winograd_spec.LayerThreshold(4, 0.002, True)
-    before = layer.magnitudes(module.conv1.weight.detach().numpy()) <= 0.002
+    objective = _objective(module)
+    entry = objective.winograd_spec()["conv1.weight"]
+    frontends.save(module, x, path, objective=objective)
+    layer = winograd_spec.LayerThreshold(4, entry["threshold"], entry["weighted"])
+    before = layer.magnitudes(module.conv1.weight.detach().numpy()) <= entry["threshold"]
     proto = _decompressed(path)
     weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     shapes = {name: weight.shape for name, weight in weights.items()}
@@ -148,7 +140,7 @@ def test_thresholds_prune_the_same_entries_before_and_after_folding(path: Path) 
     layers = {layer.name: layer for layer in info.layers}
     assert layers["conv1.weight"].winograd_sparsity == pytest.approx(before.mean())
     assert 0.01 < before.mean() < 0.99
-    assert info.winograd_sparsity == pytest.approx(before.mean())
+    assert info.winograd_sparsity == pytest.approx(0.6, abs=0.01)
     assert layers["conv2.weight"].winograd_sparsity is None
 
 
@@ -156,13 +148,13 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     module, x = randomised(Residual()), torch.randn(1, 3, 16, 16)
     frontends.quantize_(module, step=0.02, dither=True)
     for name in ("a.jsm", "b.jsm"):
-        frontends.save(module, x, tmp_path / name, objective=_Objective({"conv1.weight": _entry()}))
+        frontends.save(module, x, tmp_path / name, objective=_objective(module))
     assert (tmp_path / "a.jsm").read_bytes() == (tmp_path / "b.jsm").read_bytes()
 
 
 def test_saving_a_decompressed_file_keeps_the_function(tmp_path: Path, path: Path) -> None:
     module, x = randomised(Residual()), torch.randn(1, 3, 16, 16)
-    frontends.save(module, x, path, objective=_Objective({"conv1.weight": _entry()}))
+    frontends.save(module, x, path, objective=_objective(module))
     first = _decompressed(path)
     again = tmp_path / "again.jsm"
     frontends.save(path.with_suffix(".onnx"), None, again)

@@ -140,18 +140,14 @@ def test_load_gives_thresholds_and_folded_weights(tmp_path: Path) -> None:
     module, inputs, expected = _case("residual")
     frontends.quantize_(module, step=1e-4)
     path = tmp_path / "m.jsm"
-    entry = {"tile": 4, "origin": [0, 0], "threshold": 0.001, "weighted": True}
-
-    class Objective:
-        def winograd_spec(self) -> dict[str, Any]:
-            return {"conv1.weight": entry}
-
-    frontends.save(module, inputs[0], path, objective=Objective())
+    objective = frontends.JointSparsity(module, spatial=0.5, winograd=0.5, tile=4)
+    threshold = objective.winograd_spec()["conv1.weight"]["threshold"]
+    frontends.save(module, inputs[0], path, objective=objective)
     mod, params = frontends.load(path)
     np.testing.assert_allclose(_tvm(mod, params, inputs[0].numpy())[0], expected, rtol=1e-2, atol=1e-2)
     spec = json.loads(str(mod.attrs[winograd_spec.KEY]))
     scale = params["conv1.weight"].numpy() / np.where(module.conv1.weight == 0, 1, module.conv1.weight.detach())
-    assert spec["conv1.weight"]["threshold"] == pytest.approx(0.001 * np.abs(scale).max((1, 2, 3)), rel=1e-5)
+    assert spec["conv1.weight"]["threshold"] == pytest.approx(threshold * np.abs(scale).max((1, 2, 3)), rel=1e-5)
     assert spec["conv1.weight"]["tile"] == 4
 
 
