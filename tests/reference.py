@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
+
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.winograd import transform
-from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 

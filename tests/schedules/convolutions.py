@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import tvm
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tvm import relay
+from tvm.contrib import graph_executor
+
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd
 from jointsparse.schedules.winograd import transform
-from numpy.typing import NDArray
 from tests import reference
-from tvm import relay
-from tvm.contrib import graph_executor
 
 TOLERANCE = {0: 1e-5, 2: 1e-5, 4: 5e-5}
 """Relative root mean square error by tile size; 0 is direct."""

@@ -8,6 +8,7 @@ import pytest
 import tvm
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
 from tests.schedules.convolutions import AVX512, HASWELL, Case, check, direct_cases, host_has, winograd_cases
 
 PER_LIBRARY = 6
