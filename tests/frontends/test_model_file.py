@@ -17,7 +17,7 @@ from jointsparse import frontends
 from jointsparse.frontends import container, model_file, onnx_graph, winograd_spec
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.quantization import LayerQuantization
-from tests.frontends.graphs import floats, model, run
+from tests.frontends.graphs import floats, model, read_index, run, take_apart
 from tests.frontends.torch_models import Residual, Shared, randomised
 
 
@@ -77,6 +77,24 @@ def test_quantised_module_is_stored_as_codes_behind_batch_norm(path: Path, dithe
     assert records["fc.weight"].scale is None
     raw = sum(4 * p.numel() for p in module.parameters())
     assert path.stat().st_size < raw / 2
+
+
+@pytest.mark.parametrize("dither", [False, True])
+def test_tuned_codebook_is_stored_once_for_all_layers(path: Path, dither: bool) -> None:
+    from jointsparse.frontends.quantization import CodebookTuner
+
+    module, x = randomised(Residual()), torch.randn(1, 3, 16, 16)
+    tuner = CodebookTuner(module, frontends.quantize_(module, step=0.02, dither=dither), rate=0.1)
+    module(x).square().sum().backward()
+    tuner.step()
+    frontends.save(module, x, path)
+    np.testing.assert_allclose(run(_decompressed(path), x.numpy())[0], _reference(module, x), rtol=1e-4, atol=1e-5)
+    sections = take_apart(path.read_bytes())
+    assert len(read_index(sections)["books"]) == 1
+    for record in model_file.read(path).records:
+        if isinstance(record.base, LayerQuantization):
+            weight = module.get_parameter(record.name).detach().numpy()
+            np.testing.assert_array_equal(record.base.dequantize(), weight)
 
 
 def test_module_without_a_zero_and_with_zeros_only(path: Path) -> None:
