@@ -1,0 +1,439 @@
+"""The operators inside Relay: types, passes, executors, libraries, and the traps of TVM's own sparse convolution."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm
+from numpy.typing import NDArray
+from tvm import relay
+from tvm.contrib import graph_executor
+
+from jointsparse.schedules.blocking import direct_blocking, winograd_blocking
+from jointsparse.schedules.geometry import ConvGeometry
+from jointsparse.schedules.operators import (
+    DIRECT,
+    WINOGRAD,
+    conv2d_sparse_direct,
+    conv2d_sparse_winograd,
+    why_not_direct,
+    why_not_target,
+    why_not_winograd,
+)
+from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.winograd import transform
+from tests import reference
+
+LLVM = "llvm"
+SMALL = ConvGeometry(1, 4, 11, 13, 6, (3, 3), padding=(1, 1, 1, 1))
+BOTH = pytest.mark.parametrize("tile", [0, 4], ids=["direct", "winograd"])
+"""0 is direct."""
+
+
+def weights(geometry: ConvGeometry, tile: int = 0, sparsity: float = 0.8, seed: int = 0) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    dense = rng.standard_normal(geometry.weight_shape)
+    dense = transform(tile, geometry.kernel[0]).filters(dense) if tile else dense
+    dense.reshape(-1)[rng.permutation(dense.size)[: round(sparsity * dense.size)]] = 0
+    return dense.astype(np.float32)
+
+
+def data_of(geometry: ConvGeometry) -> NDArray[np.float32]:
+    shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+def sparse(data: relay.Expr, weight: NDArray[np.float32], geometry: ConvGeometry, tile: int) -> relay.Expr:
+    if tile:
+        return conv2d_sparse_winograd(data, weight, geometry, tile)
+    return conv2d_sparse_direct(data, weight, geometry)
+
+
+def expected(data: NDArray[np.float32], weight: NDArray[np.float32], geometry: ConvGeometry, tile: int) -> NDArray:
+    if tile:
+        return reference.winograd(data, weight, geometry, tile)
+    return reference.conv2d(data, weight, geometry)
+
+
+def module(geometry: ConvGeometry, after: Callable[[relay.Expr], relay.Expr], tile: int = 0) -> tvm.IRModule:
+    x = relay.var("x", shape=data_of(geometry).shape)
+    return tvm.IRModule.from_expr(relay.Function([x], after(sparse(x, weights(geometry, tile), geometry, tile))))
+
+
+def build(mod: tvm.IRModule, target: str = LLVM, opt_level: int = 3) -> tvm.relay.backend.executor_factory:
+    with tvm.transform.PassContext(opt_level=opt_level):
+        return relay.build(mod, target)
+
+
+def run(library: tvm.runtime.Module, **inputs: NDArray) -> NDArray:
+    executor = graph_executor.GraphModule(library["default"](tvm.cpu()))
+    executor.set_input(**inputs)
+    executor.run()
+    return executor.get_output(0).numpy()
+
+
+def close(result: NDArray, reference_result: NDArray) -> None:
+    assert result.shape == reference_result.shape
+    assert reference.relative_rms(result, reference_result) < 1e-5
+
+
+def check_plain(geometry: ConvGeometry, tile: int = 0, target: str = LLVM, sparsity: float = 0.8) -> None:
+    weight, data = weights(geometry, tile, sparsity), data_of(geometry)
+    x = relay.var("x", shape=data.shape)
+    mod = tvm.IRModule.from_expr(relay.Function([x], sparse(x, weight, geometry, tile)))
+    close(run(build(mod, target), x=data), expected(data, weight, geometry, tile))
+
+
+def kernels(library: tvm.runtime.Module) -> list[str]:
+    return [
+        node["attrs"]["func_name"] for node in json.loads(library.get_graph_json())["nodes"] if node["op"] != "null"
+    ]
+
+
+# --- types
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "kind", [((1, 4, 11, 12), "float32"), ((1, 4, 11, 13), "float16"), ((relay.Any(), 4, 11, 13), "float32")]
+)
+def test_other_data_than_the_operator_was_made_for_is_refused(tile: int, kind: tuple) -> None:
+    x = relay.var("x", shape=kind[0], dtype=kind[1])
+    mod = tvm.IRModule.from_expr(relay.Function([x], sparse(x, weights(SMALL, tile), SMALL, tile)))
+    with pytest.raises((tvm.TVMError, TypeError), match=r"made for float32 data of shape \(1, 4, 11, 13\)"):
+        relay.transform.InferType()(mod)
+
+
+@BOTH
+def test_text_and_json_round_trip(tile: int) -> None:
+    mod = relay.transform.InferType()(module(SMALL, relay.nn.relu, tile))
+    assert (WINOGRAD if tile else DIRECT) in mod.astext(show_meta_data=False)
+    again = tvm.ir.load_json(tvm.ir.save_json(mod))
+    assert tvm.ir.structural_equal(again, mod)
+    data = data_of(SMALL)
+    np.testing.assert_array_equal(run(build(again), x=data), run(build(mod), x=data))
+
+
+def test_attributes_are_part_of_equality() -> None:
+    """Equal shapes, other dilation: must never share a kernel."""
+    near = ConvGeometry(1, 2, 9, 9, 2, (3, 3), padding=(1, 1, 1, 1))
+    far = ConvGeometry(1, 2, 9, 9, 2, (3, 3), padding=(2, 2, 2, 2), dilation=(2, 2))
+    assert near.out_shape == far.out_shape
+    x, data = relay.var("x", shape=(1, 2, 9, 9)), data_of(near)
+    weight = weights(near, sparsity=0)
+    a, b = conv2d_sparse_direct(x, weight, near), conv2d_sparse_direct(x, weight, far)
+    assert not tvm.ir.structural_equal(a, b)
+    result = run(build(tvm.IRModule.from_expr(relay.Function([x], relay.concatenate([a, b], 1)))), x=data)
+    both = [reference.conv2d(data, weight, near), reference.conv2d(data, weight, far)]
+    close(result, np.concatenate(both, 1))
+
+
+@BOTH
+def test_layers_of_equal_shape_keep_their_own_nonzeros(tile: int) -> None:
+    geometry = ConvGeometry(1, 6, 10, 10, 6, (3, 3), padding=(1, 1, 1, 1))
+    layers = [weights(geometry, tile, seed=seed) for seed in range(3)]
+    data = data_of(geometry)
+    y = x = relay.var("x", shape=data.shape)
+    want = data.astype(np.float64)
+    for weight in layers:
+        y, want = sparse(y, weight, geometry, tile), expected(want, weight, geometry, tile)
+    library = build(tvm.IRModule.from_expr(relay.Function([x], y)))
+    close(run(library, x=data), want)
+    assert len(set(kernels(library))) == 1, "like layers should share one compiled kernel"
+
+
+# --- refusals
+
+
+def test_reasons() -> None:
+    assert why_not_direct(SMALL) is None
+    assert why_not_winograd(SMALL, 4) is None
+    strided = ConvGeometry(1, 4, 11, 13, 6, (3, 3), strides=(2, 1))
+    dilated = ConvGeometry(1, 4, 11, 13, 6, (3, 3), dilation=(1, 2))
+    assert "stride 2x1" in str(why_not_winograd(strided, 4))
+    assert "dilation 1x2" in str(why_not_winograd(dilated, 4))
+    assert "filter 1x3" in str(why_not_winograd(ConvGeometry(1, 4, 11, 13, 6, (1, 3)), 4))
+    assert "F(3x3)" in str(why_not_winograd(SMALL, 3))
+    assert "32-bit" in str(why_not_direct(ConvGeometry(1, 3, 40000, 40000, 1, (1, 1))))
+    assert why_not_target(LLVM) is None
+    assert "opencl" in str(why_not_target("opencl"))
+
+
+def test_constructors_refuse() -> None:
+    x = relay.var("x", shape=(1, 4, 11, 13))
+    strided = ConvGeometry(1, 4, 11, 13, 6, (3, 3), strides=(2, 2))
+    with pytest.raises(ValueError, match="stride"):
+        conv2d_sparse_winograd(x, weights(SMALL, 4), strided, 4)
+    with pytest.raises(ValueError, match="6 x 6"):
+        conv2d_sparse_winograd(x, weights(SMALL, 2), SMALL, 4)
+    with pytest.raises(ValueError, match="the geometry says"):
+        conv2d_sparse_direct(x, weights(SMALL)[:5], SMALL)
+
+
+def test_a_target_without_schedule_is_refused_in_words() -> None:
+    with pytest.raises(Exception, match="no sparse schedule for target kind opencl"):
+        build(module(SMALL, lambda y: y), "opencl")
+
+
+# --- fusion
+
+
+def _after() -> dict[str, Callable[[relay.Expr], relay.Expr]]:
+    half = relay.const(np.float32(0.5))
+    column = relay.const(np.linspace(-1, 1, 6, dtype=np.float32).reshape(6, 1, 1))
+    return {
+        "relu": relay.nn.relu,
+        "used twice": lambda y: relay.nn.relu(y) + relay.nn.relu(relay.negative(y)) * half,
+        "used inside and outside": lambda y: relay.concatenate([relay.nn.relu(y), y], 1),
+        "broadcast to a larger shape": lambda y: relay.add(y, relay.const(np.ones((3, 1, 1, 1), np.float32))),
+        "expand_dims": lambda y: relay.nn.relu(relay.expand_dims(relay.add(y, column), 0)),
+        "reshape": lambda y: relay.reshape(relay.nn.relu(y), (1, -1)),
+        "transpose": lambda y: relay.nn.relu(relay.transpose(y, (0, 2, 3, 1))),
+        "transpose to the same shape": lambda y: relay.transpose(
+            relay.strided_slice(y, [0, 0, 0, 0], [1, 6, 11, 11]), (0, 1, 3, 2)
+        ),
+        "slice": lambda y: relay.strided_slice(relay.nn.relu(y), [0, 1, 2, 3], [1, 5, 9, 12]),
+        "split": lambda y: relay.split(relay.nn.relu(y), 2, 1)[1],
+        "pad": lambda y: relay.nn.pad(y, ((0, 0), (0, 0), (1, 2), (0, 1))),
+        "sum": lambda y: relay.sum(relay.nn.relu(y), (2, 3)),
+        "softmax": lambda y: relay.nn.softmax(y, 1),
+        "max_pool": lambda y: relay.nn.max_pool2d(relay.nn.relu(y), (2, 2), (2, 2)),
+        "upsampling": lambda y: relay.nn.upsampling(relay.nn.relu(y), 2, 2),
+        "cast": lambda y: relay.cast(relay.round(y), "int8"),
+        "where": lambda y: relay.where(relay.greater(y, half), y, relay.zeros_like(y)),
+        "batch_flatten": lambda y: relay.nn.batch_flatten(relay.tanh(y)),
+        "dense after": lambda y: relay.nn.dense(
+            relay.nn.batch_flatten(y), relay.const(np.full((3, 6 * 11 * 13), 0.01, np.float32))
+        ),
+        "layout_transform": lambda y: relay.layout_transform(relay.nn.relu(y), "NCHW", "NCHW2c"),
+        "depth_to_space": lambda y: relay.nn.depth_to_space(relay.concatenate([y, y], 1), 2),
+        "nothing": lambda y: y,
+    }
+
+
+@BOTH
+@pytest.mark.parametrize("name", _after())
+def test_whatever_follows(tile: int, name: str) -> None:
+    """The same graph with the convolution's result fed in must give the same."""
+    after = _after()[name]
+    data = data_of(SMALL)
+    plain = expected(data, weights(SMALL, tile), SMALL, tile).astype(np.float32)
+    y = relay.var("y", shape=SMALL.out_shape)
+    want = run(build(tvm.IRModule.from_expr(relay.Function([y], after(y)))), y=plain)
+    got = run(build(module(SMALL, after, tile)), x=data)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+
+
+@BOTH
+def test_bias_residual_and_activation_make_one_kernel(tile: int) -> None:
+    x, r = relay.var("x", shape=(1, 4, 11, 13)), relay.var("r", shape=SMALL.out_shape)
+    y = relay.nn.bias_add(sparse(x, weights(SMALL, tile), SMALL, tile), relay.const(np.ones(6, np.float32)))
+    library = build(tvm.IRModule.from_expr(relay.Function([x, r], relay.nn.relu(relay.add(y, r)))))
+    assert len(kernels(library)) == 1
+
+
+def test_two_convolutions_added() -> None:
+    data = data_of(SMALL)
+    x = relay.var("x", shape=data.shape)
+    y = relay.add(sparse(x, weights(SMALL), SMALL, 0), sparse(x, weights(SMALL, 4), SMALL, 4))
+    want = expected(data, weights(SMALL), SMALL, 0) + expected(data, weights(SMALL, 4), SMALL, 4)
+    close(run(build(tvm.IRModule.from_expr(relay.Function([x], y))), x=data), want)
+
+
+# --- passes and executors
+
+
+@BOTH
+@pytest.mark.parametrize("opt_level", [0, 1, 2, 3])
+def test_every_optimisation_level(tile: int, opt_level: int) -> None:
+    data = data_of(SMALL)
+    want = np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0)
+    close(run(build(module(SMALL, relay.nn.relu, tile), opt_level=opt_level), x=data), want)
+
+
+@BOTH
+def test_a_constant_convolution_folds(tile: int) -> None:
+    data = data_of(SMALL)
+    mod = tvm.IRModule.from_expr(relay.Function([], sparse(relay.const(data), weights(SMALL, tile), SMALL, tile)))
+    folded = relay.transform.FoldConstant()(relay.transform.InferType()(mod))
+    assert isinstance(folded["main"].body, relay.Constant)
+    close(folded["main"].body.data.numpy(), expected(data, weights(SMALL, tile), SMALL, tile))
+
+
+@BOTH
+def test_between_dense_convolutions_whose_layout_is_altered(tile: int) -> None:
+    geometry = ConvGeometry(1, 16, 12, 12, 16, (3, 3), padding=(1, 1, 1, 1))
+    rng = np.random.default_rng(2)
+    first, last = (rng.standard_normal((16, 16, 3, 3)).astype(np.float32) for _ in range(2))
+    weight, data = weights(geometry, tile), data_of(geometry)
+    x = relay.var("x", shape=data.shape)
+    dense = {"channels": 16, "kernel_size": (3, 3), "padding": (1, 1)}
+    y = relay.nn.relu(relay.nn.conv2d(x, relay.const(first), **dense))
+    y = relay.nn.relu(sparse(y, weight, geometry, tile))
+    y = relay.nn.conv2d(y, relay.const(last), **dense)
+    hidden = np.maximum(reference.conv2d(data, first, geometry), 0)
+    hidden = np.maximum(expected(hidden, weight, geometry, tile), 0)
+    library = build(tvm.IRModule.from_expr(relay.Function([x], y)), "llvm -mcpu=haswell")
+    assert any("NCHWc" in name for name in kernels(library)), "the neighbours should have been altered"
+    close(run(library, x=data), reference.conv2d(hidden, last, geometry))
+
+
+@BOTH
+def test_mixed_precision_leaves_it_alone(tile: int) -> None:
+    mod = relay.transform.InferType()(module(SMALL, relay.nn.relu, tile))
+    mixed = relay.transform.InferType()(relay.transform.ToMixedPrecision("float16")(mod))
+    found = []
+
+    def visit(node: relay.Expr) -> None:
+        if isinstance(node, relay.Call) and getattr(node.op, "name", "") in (DIRECT, WINOGRAD):
+            found.append(node.checked_type.dtype)
+
+    relay.analysis.post_order_visit(mixed["main"], visit)
+    assert found == ["float32"]
+
+
+@BOTH
+def test_standard_passes_keep_it(tile: int) -> None:
+    passes = tvm.transform.Sequential(
+        [
+            relay.transform.InferType(),
+            relay.transform.SimplifyInference(),
+            relay.transform.FoldConstant(),
+            relay.transform.FoldScaleAxis(),
+            relay.transform.CanonicalizeOps(),
+            relay.transform.EliminateCommonSubexpr(),
+            relay.transform.CombineParallelConv2D(),
+            relay.transform.ConvertLayout({"nn.conv2d": ["NHWC", "default"]}),
+            relay.transform.ToANormalForm(),
+            relay.transform.ToGraphNormalForm(),
+            relay.transform.FuseOps(3),
+            relay.transform.InferType(),
+            relay.transform.DefuseOps(),
+            relay.transform.InferType(),
+        ]
+    )
+    with tvm.transform.PassContext(opt_level=3):
+        mod = passes(module(SMALL, lambda y: relay.nn.relu(relay.nn.relu(y)), tile))
+    data = data_of(SMALL)
+    close(run(build(mod), x=data), np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
+
+
+@BOTH
+def test_virtual_machine(tile: int) -> None:
+    data = data_of(SMALL)
+    with tvm.transform.PassContext(opt_level=3):
+        executable = relay.vm.compile(module(SMALL, relay.nn.relu, tile), LLVM)
+    result = tvm.runtime.vm.VirtualMachine(executable, tvm.cpu()).invoke("main", data).numpy()
+    close(result, np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
+
+
+@BOTH
+def test_ahead_of_time_executor(tile: int, tmp_path: Path) -> None:
+    data = data_of(SMALL)
+    with tvm.transform.PassContext(opt_level=3):
+        factory = relay.build(
+            module(SMALL, relay.nn.relu, tile),
+            LLVM,
+            executor=relay.backend.Executor("aot", {"interface-api": "packed"}),
+        )
+    factory.export_library(str(tmp_path / "aot.so"))
+    loaded = tvm.runtime.load_module(str(tmp_path / "aot.so"))
+    executor = tvm.runtime.executor.AotModule(loaded["default"](tvm.cpu()))
+    executor.set_input("x", data)
+    executor.run()
+    close(executor.get_output(0).numpy(), np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
+
+
+@BOTH
+def test_a_library_needs_only_tvm(tile: int, tmp_path: Path) -> None:
+    data = data_of(SMALL)
+    build(module(SMALL, relay.nn.relu, tile)).export_library(str(tmp_path / "net.so"))
+    np.save(tmp_path / "x.npy", data)
+    program = f"""
+import sys, numpy, tvm
+from tvm.contrib import graph_executor
+executor = graph_executor.GraphModule(tvm.runtime.load_module({str(tmp_path / "net.so")!r})["default"](tvm.cpu()))
+executor.set_input("x", numpy.load({str(tmp_path / "x.npy")!r}))
+executor.run()
+numpy.save({str(tmp_path / "y.npy")!r}, executor.get_output(0).numpy())
+assert not any(name.startswith("jointsparse.") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    close(np.load(tmp_path / "y.npy"), np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
+
+
+# --- the traps of TVM 0.19's own sparse convolution
+
+TRAPS = {
+    "padding": ConvGeometry(1, 4, 9, 9, 8, (3, 3), padding=(2, 0, 1, 3)),
+    "dilation": ConvGeometry(1, 4, 12, 12, 8, (3, 3), dilation=(2, 3)),
+    "groups": ConvGeometry(1, 8, 9, 9, 8, (3, 3), padding=(1, 1, 1, 1), groups=4),
+    "depthwise": ConvGeometry(1, 6, 9, 9, 12, (3, 3), padding=(1, 1, 1, 1), groups=6),
+    "strides differ": ConvGeometry(1, 4, 11, 12, 8, (3, 3), strides=(1, 3), padding=(1, 1, 1, 1)),
+    "remainder channels": ConvGeometry(1, 5, 9, 9, 7, (3, 3), padding=(1, 1, 1, 1)),
+    "strided 1x1": ConvGeometry(1, 5, 9, 9, 7, (1, 1), strides=(2, 2)),
+    "stride larger than the filter": ConvGeometry(2, 3, 20, 21, 4, (2, 2), strides=(5, 9)),
+    "one pixel": ConvGeometry(1, 3, 1, 1, 5, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_direct_traps(name: str) -> None:
+    check_plain(TRAPS[name], sparsity=0.4)
+
+
+@BOTH
+def test_arguments_are_not_changed(tile: int) -> None:
+    weight = weights(SMALL, tile)
+    before = weight.copy()
+    weight.flags.writeable = False
+    sparse(relay.var("x", shape=(1, 4, 11, 13)), weight, SMALL, tile)
+    np.testing.assert_array_equal(weight, before)
+
+
+@BOTH
+@pytest.mark.parametrize("sparsity", [0.0, 1.0])
+def test_no_zeros_and_nothing_but_zeros(tile: int, sparsity: float) -> None:
+    check_plain(SMALL, tile, sparsity=sparsity)
+
+
+@BOTH
+def test_kernels_run_in_parallel(tile: int) -> None:
+    library = build(module(SMALL, relay.nn.relu, tile))
+    assert "TVMBackendParallelLaunch" in library.get_lib().get_source("ll")
+
+
+# --- blocks
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        ConvGeometry(1, 40, 60, 60, 3, (3, 3), padding=(1, 1, 1, 1)),
+        ConvGeometry(1, 24, 9, 700, 3, (5, 5), strides=(1, 2), padding=(2, 1, 0, 2)),
+        ConvGeometry(2, 30, 37, 301, 2, (3, 3), strides=(3, 1), dilation=(1, 2)),
+    ],
+    ids=["rows", "columns", "both"],
+)
+def test_direct_in_blocks(geometry: ConvGeometry) -> None:
+    assert direct_blocking(geometry, cpu_facts(LLVM)).blocks > (1, 1)
+    check_plain(geometry)
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("shape", [(7, 5, 130, 170), (32, 33, 61, 35), (128, 3, 14, 14)], ids=["wide", "tall", "deep"])
+def test_winograd_in_blocks(tile: int, size: int, shape: tuple[int, int, int, int]) -> None:
+    channels, filters, height, width = shape
+    geometry = ConvGeometry(2, channels, height, width, filters, (size, size), padding=(1, 2, 1, 0))
+    blocking = winograd_blocking(geometry, tile, cpu_facts("llvm -mcpu=haswell"))
+    if shape[0] != 128:
+        assert blocking.layout.blocks > (1, 1)
+    check_plain(geometry, tile, "llvm -mcpu=haswell")

@@ -1,0 +1,100 @@
+"""Facts of targets, and what is compiled for them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relay
+
+from jointsparse.schedules.blocking import direct_blocking, direct_panel, winograd_blocking
+from jointsparse.schedules.geometry import ConvGeometry
+from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd
+from jointsparse.schedules.targets import STACK_BYTES, cpu_facts, why_not_target
+from jointsparse.schedules.winograd import transform
+
+LAYER = ConvGeometry(1, 64, 56, 56, 64, (3, 3), padding=(1, 1, 1, 1))
+
+X86 = {
+    "llvm -mtriple=x86_64-linux-gnu": (4, 16, "xmm"),
+    "llvm -mtriple=x86_64-linux-gnu -mcpu=haswell": (8, 16, "ymm"),
+    "llvm -mtriple=x86_64-linux-gnu -mcpu=skylake-avx512": (16, 32, "zmm"),
+    "llvm -mtriple=x86_64-linux-gnu -mcpu=sapphirerapids": (16, 32, "zmm"),
+    "llvm -mtriple=x86_64-linux-gnu -mcpu=znver3": (8, 16, "ymm"),
+    "llvm -mtriple=x86_64-linux-gnu -mcpu=x86-64 -mattr=+avx2,+fma": (8, 16, "ymm"),
+}
+ARM = "llvm -mtriple=aarch64-linux-gnu -mattr=+neon"
+"""-mcpu=cortex-a72 gives the same lanes."""
+
+
+def assembly(target: str, tile: int = 0, geometry: ConvGeometry = LAYER) -> str:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal(geometry.weight_shape).astype(np.float32)
+    x = relay.var("x", shape=(1, geometry.in_channels, geometry.in_height, geometry.in_width))
+    if tile:
+        filters = transform(tile, 3).filters(weight).astype(np.float32)
+        y = conv2d_sparse_winograd(x, filters, geometry, tile)
+    else:
+        y = conv2d_sparse_direct(x, weight, geometry, target)
+    with tvm.transform.PassContext(opt_level=3):
+        library = relay.build(tvm.IRModule.from_expr(relay.Function([x], y)), target)
+    return library.get_lib().get_source("asm")
+
+
+@pytest.mark.parametrize("target", X86)
+def test_vector_units(target: str) -> None:
+    facts = cpu_facts(target)
+    assert (facts.lanes, facts.registers) == X86[target][:2]
+    assert facts.accumulators * facts.lanes * 4 < STACK_BYTES
+
+
+def test_arm_and_source_targets() -> None:
+    assert (cpu_facts(ARM).lanes, cpu_facts(ARM).registers, cpu_facts(ARM).accumulators) == (4, 32, 24)
+    assert cpu_facts("llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a72").l2 == 256 * 1024
+    assert cpu_facts("c").lanes == 1
+
+
+@pytest.mark.parametrize("target", ["opencl", "vulkan", "metal"])
+def test_targets_without_schedules(target: str) -> None:
+    assert target in str(why_not_target(target))
+
+
+@pytest.mark.parametrize("target", [t for t in X86 if "haswell" in t or "sapphire" in t])
+@pytest.mark.parametrize("tile", [0, 4], ids=["direct", "winograd"])
+def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile: int) -> None:
+    """A loop of one broadcast and nothing but multiply-adds with a memory operand; no accumulator goes to memory."""
+    facts, register = cpu_facts(target), X86[target][2]
+    if tile:
+        vectors = winograd_blocking(LAYER, tile, facts).panel // facts.lanes
+    else:
+        vectors = direct_panel(direct_blocking(LAYER, facts), facts) // facts.lanes
+    loops = re.split(r"\n(?=\.L\w+:)", assembly(target, tile))
+    multiply_add = re.compile(rf"vfmadd231ps\s+-?\d*\(%\w+(?:,%\w+(?:,\d)?)?\), %{register}\d+, %{register}\d+")
+    inner = [
+        loop
+        for loop in loops
+        if "vbroadcastss" in loop
+        and len(multiply_add.findall(loop)) % vectors == 0
+        and len(multiply_add.findall(loop)) == vectors * loop.count("vbroadcastss")
+        and not re.search(rf"vmov\w*\s+%{register}\d+, .*\(", loop)
+    ]
+    assert inner
+
+
+@pytest.mark.parametrize("tile", [0, 4], ids=["direct", "winograd"])
+def test_arm_code_is_vector_code(tile: int) -> None:
+    assert re.search(r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.", assembly(ARM, tile, ConvGeometry(1, 8, 20, 20, 8, (3, 3))))
+
+
+def test_formats_and_geometry_need_no_tvm() -> None:
+    program = (
+        "import sys\n"
+        "from jointsparse.schedules import ConvGeometry, pack_winograd, transform\n"
+        "from jointsparse.schedules import blocking, layouts\n"
+        "assert 'tvm' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
