@@ -45,6 +45,21 @@ def assembly(target: str, tile: int = 0, geometry: ConvGeometry = LAYER) -> str:
     return library.get_lib().get_source("asm")
 
 
+def innermost_loops(text: str) -> list[str]:
+    """From a label to the jump back to it, without another jump between."""
+    loops, label, body = [], "", []
+    for line in text.splitlines():
+        words = line.split()
+        if re.match(r"\.LBB\w+:", line):
+            label, body = line.split(":")[0], []
+        elif words and words[0].startswith("j"):
+            if words[-1] == label:
+                loops.append("\n".join(body))
+            label, body = "", []
+        body.append(line)
+    return loops
+
+
 @pytest.mark.parametrize("target", X86)
 def test_vector_units(target: str) -> None:
     facts = cpu_facts(target)
@@ -72,11 +87,10 @@ def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile
         vectors = winograd_blocking(LAYER, tile, facts).panel // facts.lanes
     else:
         vectors = direct_panel(direct_blocking(LAYER, facts), facts) // facts.lanes
-    loops = re.split(r"\n(?=\.L\w+:)", assembly(target, tile))
     multiply_add = re.compile(rf"vfmadd231ps\s+-?\d*\(%\w+(?:,%\w+(?:,\d)?)?\), %{register}\d+, %{register}\d+")
     inner = [
         loop
-        for loop in loops
+        for loop in innermost_loops(assembly(target, tile))
         if "vbroadcastss" in loop
         and len(multiply_add.findall(loop)) % vectors == 0
         and len(multiply_add.findall(loop)) == vectors * loop.count("vbroadcastss")
