@@ -1,10 +1,10 @@
 """Measure the kernels on this machine and fit the cost model's coefficients.
 
-    TVM_NUM_THREADS=1 python benchmarks/calibrate_costs.py [--target "llvm -mcpu=..."] [--json FILE]
+    TVM_NUM_THREADS=1 python benchmarks/calibrate_costs.py [--target "llvm -mcpu=..."] [--json FILE | --fit FILE]
 
-Each kernel runs alone, as a library of one convolution, on one thread; the figure is the least of many runs, because
-whatever else the machine does only ever adds time. The fit is by non-negative least squares of the relative error.
-It prints the coefficients for ``passes/costs.py`` and how far they are off on the layers measured.
+Each kernel runs alone, as a library of one convolution with ReLU, on one thread; the figure is the least processor time
+of many runs, because whatever else the machine does only ever adds to it. The fit is by non-negative least squares of
+the relative error. It prints the coefficients for ``passes/costs.py`` and how far they are off on the layers measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("TVM_NUM_THREADS", "1")
@@ -37,9 +38,9 @@ TERMS = {
     "dense_1x1": ("macs", "inputs", "outputs", "weights", "fixed"),
     "dense_grouped": ("macs", "inputs", "outputs", "weights", "fixed"),
     "depthwise": ("macs", "inputs", "outputs", "fixed"),
-    "direct": ("vectors", "entries", "rows", "packed", "outputs", "fixed"),
-    "winograd_f2": ("vectors", "entries", "rows", "packed", "inputs", "outputs", "fixed"),
-    "winograd_f4": ("vectors", "entries", "rows", "packed", "inputs", "outputs", "fixed"),
+    "direct": ("vectors", "entries", "far_entries", "rows", "packed", "outputs", "fixed"),
+    "winograd_f2": ("vectors", "entries", "far_entries", "rows", "packed", "inputs", "outputs", "fixed"),
+    "winograd_f4": ("vectors", "entries", "far_entries", "rows", "packed", "inputs", "outputs", "fixed"),
 }
 
 SPARSITIES = (0.0, 0.5, 0.8, 0.95)
@@ -101,6 +102,8 @@ def library(kernel: str, geometry: ConvGeometry, sparsity: float, target: tvm.ta
             padding=geometry.padding,
             dilation=geometry.dilation,
             groups=geometry.groups,
+            channels=geometry.out_channels,
+            kernel_size=geometry.kernel,
         )
     elif kernel == DIRECT:
         body = conv2d_sparse_direct(data, weight, geometry, target)
@@ -114,13 +117,19 @@ def library(kernel: str, geometry: ConvGeometry, sparsity: float, target: tvm.ta
 
 
 def seconds(built, data_shape: tuple[int, ...], repeat: int) -> float:
-    """The least time of one run."""
-    device = tvm.cpu()
-    executor = graph_executor.GraphModule(built["default"](device))
+    """The least processor time of one run, which other programs on the machine disturb less than the clock's."""
+    executor = graph_executor.GraphModule(built["default"](tvm.cpu()))
     executor.set_input("x", np.random.default_rng(1).standard_normal(data_shape).astype(np.float32))
-    timer = executor.module.time_evaluator("run", device, number=1, repeat=3)
-    number = max(1, int(0.005 / timer().min))
-    return float(executor.module.time_evaluator("run", device, number=number, repeat=repeat)().min)
+    executor.run()
+    number = max(1, int(2e-4 / timed(executor.run, 1)))
+    return min(timed(executor.run, number) for _ in range(repeat))
+
+
+def timed(run: Callable[[], None], number: int) -> float:
+    start = time.thread_time()
+    for _ in range(number):
+        run()
+    return (time.thread_time() - start) / number
 
 
 def measurements(target: tvm.target.Target, repeat: int) -> Iterator[dict]:
@@ -166,11 +175,16 @@ def fit(records: list[dict], target: tvm.target.Target) -> tuple[Coefficients, d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=f"llvm -mcpu={tvm.target.codegen.llvm_get_system_cpu()}")
-    parser.add_argument("--repeat", type=int, default=30, help="timings of about 5 ms, of which the least counts")
+    parser.add_argument("--repeat", type=int, default=60, help="timings, of which the least counts")
     parser.add_argument("--json", type=Path, help="write every measurement here")
+    parser.add_argument("--fit", type=Path, help="fit measurements written by --json before, instead of measuring")
     arguments = parser.parse_args()
     target = tvm.target.Target(arguments.target)
-    records = list(measurements(target, arguments.repeat))
+    if arguments.fit:
+        plain = json.loads(arguments.fit.read_text())
+        records = [r | {"geometry": ConvGeometry(**r["geometry"])} for r in plain]
+    else:
+        records = list(measurements(target, arguments.repeat))
     if arguments.json:
         plain = [r | {"geometry": vars(r["geometry"])} for r in records]
         arguments.json.write_text(json.dumps(plain, indent=1))

@@ -108,9 +108,10 @@ def counts(kernel: str, geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts) ->
     """How often a kernel does what, waste at the edges of blocks included.
 
     Returns:
-        ``macs`` (dense), ``vectors`` (vector multiply-adds by non-zeros), ``entries`` (non-zeros read), ``rows``
-        (filter rows begun), ``packed`` (pixels packed), ``inputs`` and ``outputs`` (elements; for Winograd vectors of
-        tile elements transformed), ``weights`` (dense, elements read), ``fixed`` (1).
+        ``macs`` (dense), ``vectors`` (vector multiply-adds by non-zeros), ``entries`` (non-zeros read),
+        ``far_entries`` (those of them that L2 cannot hold), ``rows`` (filter rows begun), ``packed`` (pixels packed),
+        ``inputs`` and ``outputs`` (elements; for Winograd vectors of tile elements transformed), ``weights`` (dense,
+        elements read), ``fixed`` (1).
     """
     if kernel == DENSE:
         return _dense_counts(geometry)
@@ -118,12 +119,17 @@ def counts(kernel: str, geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts) ->
     return {
         "vectors": nonzeros * work.panels * work.panel_vectors,
         "entries": nonzeros * work.panels,
+        "far_entries": max(0, nonzeros - cpu.l2 // _ENTRY_BYTES) * work.panels,
         "rows": work.rows * work.panels,
         "packed": work.packed,
         "inputs": work.inputs,
         "outputs": work.outputs,
         "fixed": 1,
     }
+
+
+# A value and an index.
+_ENTRY_BYTES = 8
 
 
 @dataclass(frozen=True)

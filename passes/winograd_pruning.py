@@ -76,7 +76,11 @@ def global_threshold(weights: list[NDArray[np.floating]], tile: int, sparsity: f
     magnitudes.partition(last)
     pruned = magnitudes[last]
     above = magnitudes[last:][magnitudes[last:] > pruned]
-    return float((np.float64(pruned) + np.float64(above.min())) / 2) if above.size else float(np.nextafter(pruned, np.float32(np.inf)))
+    return (
+        float((np.float64(pruned) + np.float64(above.min())) / 2)
+        if above.size
+        else float(np.nextafter(pruned, np.float32(np.inf)))
+    )
 
 
 def _magnitudes(weight: NDArray[np.floating], tile: int, weighted: bool) -> NDArray[np.float32]:
