@@ -22,11 +22,12 @@ os.environ.setdefault("TOPHUB_LOCATION", "NONE")
 
 import numpy as np
 import tvm
-from scipy.optimize import nnls
+from numpy.typing import NDArray
+from scipy.optimize import least_squares, nnls
 from tvm import relay
 from tvm.contrib import graph_executor
 
-from jointsparse.passes.costs import Coefficients, counts, family, kind
+from jointsparse.passes.costs import Coefficients, LinearCostModel, counts, family, kind
 from jointsparse.passes.plan import DENSE, DIRECT, TILE, WINOGRAD
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd, why_not_winograd
@@ -38,10 +39,13 @@ TERMS = {
     "dense_1x1": ("macs", "inputs", "outputs", "weights", "fixed"),
     "dense_grouped": ("macs", "inputs", "outputs", "weights", "fixed"),
     "depthwise": ("macs", "inputs", "outputs", "fixed"),
-    "direct": ("vectors", "entries", "far_entries", "rows", "packed", "outputs", "fixed"),
+    "direct": ("vectors", "touched", "entries", "rows", "packed", "outputs", "fixed"),
+    "direct_1x1": ("vectors", "entries", "rows", "packed", "outputs", "fixed"),
     "winograd_f2": ("vectors", "entries", "far_entries", "rows", "packed", "inputs", "outputs", "fixed"),
     "winograd_f4": ("vectors", "entries", "far_entries", "rows", "packed", "inputs", "outputs", "fixed"),
 }
+
+ALL_FAMILIES: dict[str, Coefficients] = {"avx512": {}, "avx2": {}, "sse": {}, "neon": {}}
 
 SPARSITIES = (0.0, 0.5, 0.8, 0.95)
 
@@ -75,11 +79,22 @@ LAYERS = (
     square(64, 64, 56, 1),
     square(256, 256, 14, 1),
     square(480, 192, 14, 1),
+    square(1024, 256, 14, 1),
+    square(64, 256, 56, 1),
+    square(32, 64, 16, 1),
+    square(16, 16, 32, 1),
     square(64, 128, 56, 1, 2),
     square(96, 256, 27, 5, groups=2),
     square(64, 64, 56, groups=4),
+    square(128, 128, 28, groups=32),
+    square(256, 256, 14, groups=8),
+    square(384, 384, 13, groups=2),
     square(32, 32, 112, groups=32),
+    square(64, 64, 112, stride=2, groups=64),
+    square(128, 128, 56, groups=128),
+    square(120, 120, 28, 5, groups=120),
     square(256, 256, 14, groups=256),
+    square(512, 512, 14, groups=512),
 )
 
 
@@ -166,10 +181,42 @@ def fit(records: list[dict], target: tvm.target.Target) -> tuple[Coefficients, d
         amounts = np.array([[row[term] for term in terms] for row in rows], float) / nanoseconds[:, None]
         # Columns of like size, for the solver's sake.
         scale = np.linalg.norm(amounts, axis=0)
-        solution = nnls(amounts / scale, np.ones(len(mine)))[0] / scale
-        coefficients[name] = {t: float(f"{x:.3g}") for t, x in zip(terms, solution, strict=True) if x > 0}
-        errors[name] = float(np.mean(np.abs(amounts @ solution - 1)))
+        start = nnls(amounts / scale, np.ones(len(mine)))[0]
+        # Ratios, not differences: half and twice the time are equally wrong.
+        solution = least_squares(_LogRatio(amounts / scale), start + 1e-6, bounds=(0, np.inf)).x
+        coefficients[name] = {
+            term: float(f"{share / size:.3g}")
+            for term, share, size in zip(terms, solution, scale, strict=True)
+            if share > 1e-3
+        }
+        errors[name] = float(np.mean(np.abs(amounts / scale @ solution - 1)))
     return coefficients, errors
+
+
+class _LogRatio:
+    """Logarithms of predicted over measured."""
+
+    def __init__(self, amounts: NDArray[np.float64]) -> None:
+        self.amounts = amounts
+
+    def __call__(self, coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.log(np.maximum(self.amounts @ coefficients, 1e-9))
+
+
+def regret(records: list[dict], coefficients: Coefficients, target: tvm.target.Target) -> list[float]:
+    """For each layer and sparsity: the time of the kernel that the model would choose over the least time."""
+    model = LinearCostModel({family(cpu_facts(target), ALL_FAMILIES): coefficients})
+    by_geometry: dict[ConvGeometry, list[dict]] = {}
+    for record in records:
+        by_geometry.setdefault(record["geometry"], []).append(record)
+    ratios = []
+    for geometry, mine in by_geometry.items():
+        dense = [r for r in mine if r["kernel"] == DENSE]
+        for sparsity in SPARSITIES:
+            rivals = dense + [r for r in mine if r["kernel"] != DENSE and r["sparsity"] == sparsity]
+            chosen = min(rivals, key=lambda r: model.cost(r["kernel"], geometry, r["nonzeros"], target))
+            ratios.append(chosen["seconds"] / min(r["seconds"] for r in rivals))
+    return ratios
 
 
 def main() -> None:
@@ -189,10 +236,15 @@ def main() -> None:
         plain = [r | {"geometry": vars(r["geometry"])} for r in records]
         arguments.json.write_text(json.dumps(plain, indent=1))
     coefficients, errors = fit(records, target)
-    print(f'    "{family(cpu_facts(target), {"avx512": {}, "avx2": {}, "sse": {}, "neon": {}})}": {{')
+    print(f'    "{family(cpu_facts(target), ALL_FAMILIES)}": {{')
     for name, terms in coefficients.items():
         print(f'        "{name}": {json.dumps(terms)},  # mean error {errors[name]:.0%}')
     print("    },")
+    ratios = regret(records, coefficients, target)
+    print(
+        f"# Chosen by this model against the best: {np.exp(np.mean(np.log(ratios))):.3f} times its time on average, "
+        f"{max(ratios):.2f} at worst, within 5 % in {np.mean(np.array(ratios) <= 1.05):.0%} of {len(ratios)} cases."
+    )
 
 
 if __name__ == "__main__":

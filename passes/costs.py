@@ -96,7 +96,12 @@ def family(cpu: CpuFacts, families: Mapping[str, Coefficients]) -> str:
 
 
 def kind(kernel: str, geometry: ConvGeometry) -> str:
-    """Key of the coefficients for a layer: TVM has several dense convolutions, of very different speed."""
+    """Key of the coefficients for a layer.
+
+    TVM has several dense convolutions, of very different speed; taps of a 1x1 filter never meet in L1.
+    """
+    if kernel == DIRECT and geometry.kernel == (1, 1):
+        return "direct_1x1"
     if kernel != DENSE:
         return kernel
     if geometry.groups > 1:
@@ -108,7 +113,8 @@ def counts(kernel: str, geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts) ->
     """How often a kernel does what, waste at the edges of blocks included.
 
     Returns:
-        ``macs`` (dense), ``vectors`` (vector multiply-adds by non-zeros), ``entries`` (non-zeros read),
+        ``macs`` (dense), ``vectors`` (vector multiply-adds by non-zeros), ``touched`` (direct, vectors
+        brought into L1 that other taps of the filter then find there), ``entries`` (non-zeros read),
         ``far_entries`` (those of them that L2 cannot hold), ``rows`` (filter rows begun), ``packed`` (pixels packed),
         ``inputs`` and ``outputs`` (elements; for Winograd vectors of tile elements transformed), ``weights`` (dense,
         elements read), ``fixed`` (1).
@@ -118,6 +124,7 @@ def counts(kernel: str, geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts) ->
     work = _direct_work(geometry, cpu) if kernel == DIRECT else _winograd_work(geometry, TILE[kernel], cpu)
     return {
         "vectors": nonzeros * work.panels * work.panel_vectors,
+        "touched": _planes_touched(geometry, nonzeros) * work.panels * work.panel_vectors if kernel == DIRECT else 0,
         "entries": nonzeros * work.panels,
         "far_entries": max(0, nonzeros - cpu.l2 // _ENTRY_BYTES) * work.panels,
         "rows": work.rows * work.panels,
@@ -126,6 +133,13 @@ def counts(kernel: str, geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts) ->
         "outputs": work.outputs,
         "fixed": 1,
     }
+
+
+def _planes_touched(geometry: ConvGeometry, nonzeros: int) -> float:
+    """Pairs of a filter and a channel with at least one non-zero, were they spread at random."""
+    out_channels, channels, height, width = geometry.weight_shape
+    pairs, taps = out_channels * channels, height * width
+    return pairs * (1 - (1 - nonzeros / (pairs * taps)) ** taps)
 
 
 # A value and an index.

@@ -52,7 +52,7 @@ def test_every_target_and_kind_has_coefficients_that_count_something(target):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_coefficients_are_of_things_counted_and_not_negative(name):
     for kernel, coefficients in FAMILIES[name].items():
-        base = kernel if kernel in SPARSE_KERNELS else "dense"
+        base = {"direct_1x1": "direct"}.get(kernel, kernel if kernel in SPARSE_KERNELS else "dense")
         assert coefficients.keys() <= counts(base, LAYER, 10, cpu_facts("llvm")).keys()
         assert min(coefficients.values()) >= 0
 
@@ -84,6 +84,7 @@ def test_kinds_of_dense_convolution():
     assert kind("dense", ConvGeometry(1, 64, 8, 8, 64, (3, 3), groups=64)) == "depthwise"
     assert kind("dense", ConvGeometry(1, 64, 8, 8, 64, (3, 3), groups=2)) == "dense_grouped"
     assert kind("direct", LAYER) == "direct"
+    assert kind("direct", ConvGeometry(1, 64, 8, 8, 64, (1, 1))) == "direct_1x1"
 
 
 def test_a_family_without_coefficients_takes_the_nearest():
