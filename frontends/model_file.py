@@ -60,9 +60,9 @@ def save(
         from . import exporting
 
         proto, name = exporting.export(model, example_input), type(model).__name__
-        # Before names are looked up: the exporter puts Identity nodes where two tensors are equal.
-        onnx_graph.tidy(proto, name)
         quantised = _quantisations(model)
+    # Before names are looked up: the exporter puts Identity nodes where two tensors are equal.
+    onnx_graph.tidy(proto, name)
     if objective is not None:
         _attach(proto, objective.winograd_spec())
     write(pack(proto, quantised, name), path)

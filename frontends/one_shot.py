@@ -220,7 +220,7 @@ def _winograd(
             "leave Winograd sparsity out"
         )
     magnitudes = [winograd_spec.magnitudes(weights[key], tile, weighted).ravel() for key in layers]
-    threshold = winograd_spec.quantile_threshold(np.sort(np.concatenate(magnitudes)), sparsity)
+    threshold = winograd_spec.separating_threshold(np.concatenate(magnitudes), sparsity)
     return {key: winograd_spec.LayerThreshold(tile, threshold, weighted) for key in layers}
 
 

@@ -9,6 +9,7 @@ The newest opset that the installed onnx knows is read: TVM takes the newest con
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import sys
@@ -147,6 +148,9 @@ def _is_tanh_gelu(node: NodeProto) -> bool:
 
 
 def _has_definition(op: str, model: ModelProto) -> bool:
+    # The inliner of onnx 1.18 and older does not know the definitions in schemas.
+    if "inline_schema_functions" not in inspect.signature(onnx.inliner.inline_selected_functions).parameters:
+        return False
     try:
         schema = onnx.defs.get_schema(op, onnx_graph.opset_version(model))
     except onnx.defs.SchemaError:

@@ -215,14 +215,16 @@ def test_nothing_to_compress_or_to_prune_in_the_winograd_domain(path: Path) -> N
 
 
 def test_threshold_lies_clear_of_every_magnitude() -> None:
-    magnitudes = np.sort(np.abs(np.random.default_rng(0).normal(size=1000)))
-    for sparsity in (0.1, 0.5, 0.999, 1.0):
-        threshold = winograd_spec.quantile_threshold(magnitudes, sparsity)
-        assert np.mean(magnitudes <= threshold) >= sparsity
-        assert np.abs(magnitudes - threshold).min() > 0
-    ties = np.sort(np.r_[np.zeros(10), np.full(5, 1.0), np.full(5, 1.0 + 1e-12), 2.0])
-    assert winograd_spec.quantile_threshold(ties, 12 / 21) == pytest.approx(1.5)
-    assert winograd_spec.quantile_threshold(ties, 0) == 0
+    magnitudes = np.abs(np.random.default_rng(0).normal(size=10_000))
+    for sparsity in (0.1, 0.5, 0.99):
+        threshold = winograd_spec.separating_threshold(magnitudes, sparsity)
+        assert sparsity <= np.mean(magnitudes <= threshold) <= sparsity + 0.0012
+        assert np.abs(magnitudes - threshold).min() > 1e-6
+    assert winograd_spec.separating_threshold(magnitudes, 0) == 0
+    ties = np.r_[2.0, np.ones(10), np.zeros(10)]
+    assert winograd_spec.separating_threshold(ties, 12 / 21) == 1.5
+    with pytest.raises(InputError, match="every weight"):
+        winograd_spec.separating_threshold(np.ones(10), 0.1)
 
 
 def test_report_is_printable_and_json(path: Path) -> None:
