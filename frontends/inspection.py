@@ -15,6 +15,7 @@ from rich.text import Text
 
 from . import container, model_file, onnx_graph
 from .container import Contents, Record, Shared
+from .errors import printable
 from .quantization import LayerQuantization
 
 _FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
@@ -181,7 +182,7 @@ def _is_float(base: Any) -> bool:
 
 
 def _table(info: ModelInfo) -> Table:
-    table = Table(title=Text(info.path), show_footer=True)
+    table = Table(title=Text(printable(info.path)), show_footer=True)
     layers = info.layers
     weights = sum(layer.weights for layer in layers)
     size = sum(layer.bytes for layer in layers)
@@ -204,11 +205,6 @@ def _table(info: ModelInfo) -> Table:
             f"{layer.bytes:,}",
         )
     return table
-
-
-def printable(name: str) -> str:
-    """A stranger's name without what a terminal would obey."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 
 def _percent(share: float | None) -> str:

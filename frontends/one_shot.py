@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from ..schedules.winograd import TILES
 from . import model_file, onnx_graph, winograd_spec
 from .errors import InputError
 from .quantization import LayerQuantization, quantize_array
@@ -59,6 +60,8 @@ def compress(
         InputError: a file that cannot be read, is not what it should be, or contradicts the options.
     """
     _check_options(spatial_sparsity, winograd_sparsity, step, bits, seed)
+    if tile not in TILES:
+        raise InputError(f"tile {tile}: choose one of {', '.join(map(str, TILES))}")
     model, name = _model(source, network, input_shape)
     onnx_graph.tidy(model, name)
     weights = _weights(model)

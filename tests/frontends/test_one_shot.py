@@ -176,6 +176,7 @@ def test_pickles_are_not_run(tmp_path: Path, path: Path) -> None:
         ({"step": float("nan")}, "step nan"),
         ({"bits": 1}, "1 bits"),
         ({"bits": 40}, "40 bits"),
+        ({"winograd_sparsity": 0.5, "tile": 6}, "tile 6"),
         ({"seed": -1, "dither": True}, "seed -1"),
         ({"input_shape": (1, 3, 12, 12)}, "axis 1"),
     ],
