@@ -49,7 +49,7 @@ TRAINING_PHOTOS = (
 )
 """Photographs inside scikit-image's wheel; nothing is downloaded."""
 
-DETAIL = (60, 170, 110, 110)
+DETAIL = (336, 120, 100, 100)
 """Top, left, height and width of the part of the test photograph that the picture shows."""
 
 
@@ -62,7 +62,7 @@ class Settings:
         exclude: layers left alone: the last one has so few and so small weights that a common threshold takes all.
         rate: peak learning rate. alpha: strength of the objective. ramp: share of the steps over which the targets
             rise. hold: share of the steps, at the end, with the pruned weights held at zero.
-        tune: steps of codebook fine-tuning after quantisation. bits: of the largest quantised weight.
+        bits: of the largest quantised weight.
         repeat: measurements of each build, the fastest counts.
         crop: rows and columns of the test photograph to use, None for all.
     """
@@ -78,8 +78,7 @@ class Settings:
     alpha: float = 0.3
     ramp: float = 0.3
     hold: float = 0.5
-    tune: int = 100
-    bits: int = 6
+    bits: int = 7
     repeat: int = 10
     crop: tuple[int, int] | None = None
 
@@ -144,7 +143,7 @@ def run_demo(output: Path, settings: Settings = Settings(), progress: Progress =
     save(model, example, dense_jsm)
     decompress(dense_jsm, output / "dense.onnx")
     objective = fine_tune(model, settings, progress)
-    progress("quantising and writing one file")
+    progress("writing one file")
     save(model, example, sparse_jsm, objective=objective)
     info = inspect(sparse_jsm)
 
@@ -196,7 +195,7 @@ def fine_tune(model: nn.Module, settings: Settings, progress: Progress) -> Joint
     import torch.nn.functional as F
 
     from . import JointSparsity, quantize_
-    from .quantization import CodebookTuner, step_for_bits
+    from .quantization import step_for_bits
 
     objective = JointSparsity(
         model,
@@ -212,24 +211,21 @@ def fine_tune(model: nn.Module, settings: Settings, progress: Progress) -> Joint
         scale=SCALE,
         patch=settings.patch,
         batch=settings.batch,
-        length=settings.steps + settings.tune,
+        length=settings.steps,
         shrink=(0.9, 0.8, 0.7, 0.6),
     )
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     optimiser = torch.optim.Adam([*model.parameters(), *objective.parameters()], lr=settings.rate)
     bfloat16 = _has_bfloat16()
 
-    def loss_of(index: int) -> torch.Tensor:
-        low, high = batches[index]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            enlarged = model(low.contiguous(memory_format=torch.channels_last))
-        return F.mse_loss(enlarged.float(), high)
-
     mean = 0.0
     for index in range(settings.steps):
         for group in optimiser.param_groups:
             group["lr"] = settings.rate * _schedule(index, settings.steps)
-        loss = loss_of(index)
+        low, high = batches[index]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            enlarged = model(low.contiguous(memory_format=torch.channels_last))
+        loss = F.mse_loss(enlarged.float(), high)
         optimiser.zero_grad()
         (loss + objective(loss)).backward()
         optimiser.step()
@@ -240,15 +236,7 @@ def fine_tune(model: nn.Module, settings: Settings, progress: Progress) -> Joint
         if index % max(1, settings.steps // 10) == 0:
             progress(f"fine-tuning, step {index} of {settings.steps}: {-10 * math.log10(mean):.2f} dB")
     objective.prune_("spatial")
-
-    quantisation = quantize_(model, step=step_for_bits(model, settings.bits))
-    tuner = CodebookTuner(model, quantisation)
-    progress("fine-tuning what the codes stand for")
-    for index in range(settings.tune):
-        loss = loss_of(settings.steps + index)
-        model.zero_grad()
-        (loss + objective(loss)).backward()
-        tuner.step()
+    quantize_(model, step=step_for_bits(model, settings.bits))
     return objective
 
 
@@ -378,7 +366,11 @@ def _draw(folder: Path, pair: data.Pair, colour: Image, images: Mapping[str, Ima
     lumas = {"bicubic": pair.low, **images}
     panels = []
     for name in ("bicubic", "dense", "spatial", "winograd", "original"):
-        label = f"{name}  {data.psnr(lumas[name], pair.high, SCALE):.2f} dB" if name in lumas else name
+        label = (
+            f"{_BUILDS.get(name, name).split(',')[0]}  {data.psnr(lumas[name], pair.high, SCALE):.2f} dB"
+            if name in lumas
+            else name
+        )
         panels.append((label, pictures[name]))
     with replacing(folder / "comparison.png") as temporary:
         _side_by_side(panels).save(temporary)

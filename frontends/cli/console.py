@@ -43,10 +43,14 @@ def set_verbose(value: bool) -> bool:
 
 
 def quieten_tvm() -> None:
-    """Keep TVM's logging for -v: it warns of every layer that nobody tuned."""
-    level = logging.WARNING if settings.verbose else logging.ERROR
-    for name in ("autotvm", "auto_scheduler", "te_compiler", "TVMC", "strategy", "RPCServer"):
-        logging.getLogger(name).setLevel(level)
+    """Keep TVM's logging for -v: it warns of every layer that nobody tuned, and tells of every module it loads."""
+    for name in ("autotvm", "auto_scheduler", "te_compiler", "strategy", "RPCServer", "TVMC"):
+        # A filter, not a level: TVM sets levels when its modules are imported.
+        logging.getLogger(name).addFilter(_worth_printing)
+
+
+def _worth_printing(record: logging.LogRecord) -> bool:
+    return settings.verbose or record.levelno >= logging.ERROR
 
 
 @contextmanager

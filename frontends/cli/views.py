@@ -30,7 +30,7 @@ def show_size(info: ModelInfo) -> None:
     """One line about a file just written."""
     winograd = "" if info.winograd_sparsity is None else f", {info.winograd_sparsity:.1%} in the Winograd domain"
     zeros = f"{info.spatial_sparsity:.1%} zeros{winograd}"
-    print(f"{info.path}: {info.file_bytes:,} bytes, a {info.ratio:.1f}th of {info.dense_bytes:,}; {zeros}")
+    print(f"{info.path}: {info.file_bytes:,} bytes instead of {info.dense_bytes:,}, ratio {info.ratio:.1f}; {zeros}")
 
 
 def show_written(path: Path) -> None:
@@ -78,7 +78,8 @@ def show_run(result: TVMCResult, threads: int, written: Path | None, json: bool)
         print(jsonlib.dumps(document, indent=2))
         return
     if times:
-        print(f"{result.format_times().rstrip()}\non {threads} threads; TVM_NUM_THREADS sets another number")
+        plural = "" if threads == 1 else "s"
+        print(f"{result.format_times().rstrip()}\non {threads} thread{plural}; TVM_NUM_THREADS sets another number")
     for name, output in outputs.items():
         print(f"{name}: {output['dtype']} {output['shape']}" + (f", in {written}" if written else ""))
 

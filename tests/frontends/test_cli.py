@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -109,6 +110,22 @@ def test_run_json(command: Command, model: Path) -> None:
     assert times["min"] <= times["median"] <= times["max"]
 
 
+def test_every_json_key_is_documented(command: Command, model: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    documented = set(re.findall(r"`([a-z_]+)`", page))
+    command("compress", model, "--winograd-sparsity", 0.5, "-o", "m.jsm")
+    for arguments in (
+        ("inspect", "m.jsm"),
+        ("compile", "m.jsm", "--target", "llvm", "-o", "m.tar"),
+        ("run", "m.tar", "--print-time"),
+    ):
+        document = json.loads(command(*arguments, "--json").out)
+        keys = set(document) | set(document.get("time_ms") or {})
+        for layer in document.get("layers", []):
+            keys |= set(layer)
+        assert keys <= documented, keys - documented
+
+
 FAULTS = [
     (["inspect", "missing.jsm"], "missing.jsm"),
     (["inspect", "model.onnx"], "model.onnx"),
@@ -210,3 +227,6 @@ def test_installed_script_and_quiet_streams(tmp_path: Path, model: Path) -> None
         "linking",
     ]
     assert done.stdout.count("\n") == 1
+    done = subprocess.run([script, "run", tmp_path / "m.tar"], capture_output=True, text=True, check=True)
+    assert done.stdout == "output_0: float32 [1, 4, 6, 6]\n"
+    assert done.stderr == ""

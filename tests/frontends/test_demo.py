@@ -12,7 +12,7 @@ from PIL import Image
 from jointsparse.frontends import demo
 from jointsparse.frontends.cli import views
 
-SHORT = demo.Settings(steps=6, tune=2, repeat=2, crop=(120, 126))
+SHORT = demo.Settings(steps=6, repeat=2, crop=(120, 126))
 BUILDS = ["bicubic", "dense, ONNX Runtime", "dense, TVM", "spatial", "Winograd", "auto"]
 
 
