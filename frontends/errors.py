@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class InputError(ValueError):
     """What the user gave is at fault. The message is one line: what is wrong, where, and what to do.
@@ -11,7 +13,11 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(" ".join(message.split())))
+        super().__init__(printable(" ".join(_COLOUR.sub("", message).split())))
+
+
+# Torch and others colour their messages, which end up inside ours.
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def printable(text: str) -> str:

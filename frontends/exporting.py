@@ -139,11 +139,18 @@ def _quiet() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # The TorchScript exporter prints the graph of a failed export from C++, past Python's streams; torch's switch for
+    # it is turned on again by every export.
+    print_graph = getattr(torch._C, "_jit_onnx_log", None)
+    if print_graph is not None:
+        torch._C._jit_onnx_log = lambda *_: None
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             warnings.simplefilter("default", category=torch.jit.TracerWarning)
             yield
     finally:
+        if print_graph is not None:
+            torch._C._jit_onnx_log = print_graph
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

@@ -211,12 +211,13 @@ def _check_resize(node: NodeProto, model: ModelProto, shapes: Mapping[str, list[
             raise InputError(f"{name}: {_label(node)} has {option}, which TVM 0.19 lacks; export without it")
     shape = _known_shape(node.input[0], shapes, node, name)
     axes = onnx_graph.attribute(node, "axes", None)
-    position = 3 if len(node.input) > 3 and node.input[3] else 2
+    # Opset 10: data, scales. Later: data, region, scales, sizes.
+    position = 1 if len(node.input) == 2 else 3 if len(node.input) > 3 and node.input[3] else 2
     values = _constant_input(node, position, model, name)
     if values is None:
         raise InputError(f"{name}: {_label(node)} has neither scales nor sizes; export the model again")
     if axes is not None:
-        full = np.ones(len(shape), np.float32) if position == 2 else np.array(shape, np.int64)
+        full = np.ones(len(shape), np.float32) if position < 3 else np.array(shape, np.int64)
         full[[a % len(shape) for a in axes]] = values.ravel()
         values = full
         tensor = numpy_helper.from_array(full, onnx_graph.fresh_name(model, f"{node.output[0]}.sizes"))
@@ -225,12 +226,12 @@ def _check_resize(node: NodeProto, model: ModelProto, shapes: Mapping[str, list[
         kept = [onnx_graph.copied(a) for a in node.attribute if a.name != "axes"]
         del node.attribute[:]
         node.attribute.extend(kept)
-    sizes = values * np.array(shape) if position == 2 else values
+    sizes = values * np.array(shape) if position < 3 else values
     changed = [i for i, (new, old) in enumerate(zip(sizes, shape, strict=True)) if new != old]
     if any(i < 2 for i in changed):
         raise InputError(f"{name}: {_label(node)} resizes batch or channels, which TVM 0.19 lacks")
     # TVM takes the ratio of the sizes for the scale; they agree if the scaled size is whole.
-    if position == 2 and any(not math.isclose(s, round(s), abs_tol=1e-3) for s in sizes.tolist()):
+    if position < 3 and any(not math.isclose(s, round(s), abs_tol=1e-3) for s in sizes.tolist()):
         raise InputError(f"{name}: {_label(node)} scales {shape} to a broken size; export with sizes instead of scales")
 
 

@@ -12,7 +12,8 @@ from jointsparse.frontends.errors import InputError
     [
         ("m.onnx: no such file", "m.onnx: no such file"),
         ("two\nlines\r\n and\ttabs", "two lines and tabs"),
-        ("\x1b[31mred\x07", "\N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER}"),
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("\x1b]0;title\x07", "\N{REPLACEMENT CHARACTER}]0;title\N{REPLACEMENT CHARACTER}"),
         ("snow \N{SNOWMAN}", "snow \N{SNOWMAN}"),
     ],
 )

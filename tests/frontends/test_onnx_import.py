@@ -259,6 +259,16 @@ def test_gelu(approximate: str) -> None:
     np.testing.assert_allclose(_tvm(mod, params, x)[0], run(proto, x)[0], rtol=1e-5, atol=1e-6)
 
 
+def test_resize_of_opset_10() -> None:
+    proto = model(
+        [helper.make_node("Resize", ["x", "scales"], ["y"])],
+        {"x": (1, 2, 6, 8)},
+        {"scales": np.array([1, 1, 2, 2], np.float32)},
+        opset=10,
+    )
+    _assert_same(proto, floats(1, 2, 6, 8))
+
+
 DEFINED = {
     "GroupNormalization": (["x", "s", "b"], {"num_groups": 2}, 21),
     "Swish": (["x"], {"alpha": 1.5}, 24),
@@ -387,6 +397,27 @@ def test_module_that_cannot_be_exported() -> None:
         frontends.from_torch(lambda x: x, torch.zeros(1))
     with pytest.raises(InputError, match="example input"):
         frontends.from_torch(Odd(), {"x": 1})
+
+
+def test_failing_export_is_one_line_and_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    class Unknown(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.svdvals(x)
+
+    with pytest.raises(InputError, match="svdvals") as caught:
+        exporting.export(Unknown(), torch.randn(2, 3))
+    assert "\n" not in str(caught.value)
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_traced_condition_is_warned_of() -> None:
+    class Branching(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.warns(torch.jit.TracerWarning):
+        exporting.export(Branching(), torch.randn(2, 3), "torchscript")
 
 
 def test_export_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
