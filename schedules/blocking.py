@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol
 
 from .geometry import ConvGeometry
@@ -23,6 +24,7 @@ class Cpu(Protocol):
     def accumulators(self) -> int: ...
 
 
+@cache
 def direct_blocking(geometry: ConvGeometry, cpu: Cpu) -> PhaseLayout:
     """The fewest blocks whose packed input takes at most half of L2; at least 4 rows where rows can be split."""
     whole = direct_layout(geometry, geometry.out_height, geometry.out_width)
@@ -69,6 +71,7 @@ class WinogradBlocking:
         return self.panel * self.panels
 
 
+@cache
 def winograd_blocking(geometry: ConvGeometry, m: int, cpu: Cpu) -> WinogradBlocking:
     """The cheapest blocking, by a rough count of cycles, whose transformed tiles stay in cache."""
     return min(_winograd_candidates(geometry, m, cpu), key=lambda b: _winograd_cycles(b, geometry, m, cpu))

@@ -369,6 +369,14 @@ assert not any(name.startswith("jointsparse.") for name in sys.modules)
     close(np.load(tmp_path / "y.npy"), np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
 
 
+@BOTH
+def test_as_c_source(tile: int, tmp_path: Path) -> None:
+    data = data_of(SMALL)
+    build(module(SMALL, relay.nn.relu, tile), "c").export_library(str(tmp_path / f"source{tile}.so"))
+    library = tvm.runtime.load_module(str(tmp_path / f"source{tile}.so"))
+    close(run(library, x=data), np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
+
+
 # --- the traps of TVM 0.19's own sparse convolution
 
 TRAPS = {
