@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml $(wildcard constraints/*.txt)
 	test -f $$pins || { echo "Python $$version has no $$pins: take 3.10 to 3.13, as in make PYTHON=python3.11" >&2; exit 1; }; \
 	echo "Installing into $(VENV) for Python $$version; about 3 minutes the first time"; \
 	pip="$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $$pins"; \
-	$$pip --upgrade pip setuptools && $$pip --no-build-isolation --editable '.[dev]'
+	$$pip --upgrade pip setuptools && PYTHONWARNINGS="ignore:Editable installation" $$pip --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED)

@@ -321,7 +321,7 @@ def _jittered(images: NDArray[np.uint8], rng: np.random.Generator, margin: int =
     padded = np.pad(images, edge, constant_values=118)
     result = np.empty_like(images)
     shifts: list[list[int]] = rng.integers(0, 2 * margin + 1, (count, 2)).tolist()
-    mirrors: list[int] = rng.integers(0, 2, count).tolist()
+    mirrors: list[int] = rng.integers(0, 2, (count,)).tolist()
     for i in range(count):
         y, x = shifts[i]
         window = padded[i, y : y + height, x : x + width]
