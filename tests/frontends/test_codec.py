@@ -7,7 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointsparse.frontends import codec
@@ -17,6 +17,7 @@ coders = pytest.mark.parametrize("number", sorted(codec.CODERS))
 
 
 @coders
+@settings(deadline=None)
 @given(data=st.binary(max_size=2000))
 def test_round_trip(number: int, data: bytes) -> None:
     stream = codec.CODERS[number].encode(data)

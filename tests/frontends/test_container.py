@@ -97,6 +97,7 @@ def test_layers_tuned_together_share_one_codebook() -> None:
         np.testing.assert_array_equal(model_file.base_values(after, {}), model_file.base_values(before, {}))
 
 
+@settings(deadline=None)
 @given(
     codes=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=20),
     seed=st.none() | st.integers(0, 2**63 - 1),
@@ -123,7 +124,7 @@ def _refused(data: bytes, match: str = ".") -> str:
     return message
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_every_flipped_bit_is_found(data: bytes, place: float, bit: int) -> None:
     broken = bytearray(data)
@@ -131,18 +132,19 @@ def test_every_flipped_bit_is_found(data: bytes, place: float, bit: int) -> None
     _refused(bytes(broken))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True))
 def test_every_truncation_is_found(data: bytes, place: float) -> None:
     _refused(data[: int(place * len(data))])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_foreign_bytes_are_refused(data: bytes) -> None:
     _refused(data, "not a .jsm file")
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=4)), min_size=1, max_size=3))
 def test_damage_under_right_checksums_is_refused_or_harmless(data: bytes, changes: Any) -> None:
     """Sections changed at random, checksums made right: an InputError, or contents that still add up."""
