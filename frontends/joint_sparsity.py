@@ -11,7 +11,8 @@ with learnable z_SD, z_WD: a coefficient c exp(z) grows until exp(z) R = 1, so t
 The thresholds t are the quantiles of the magnitudes over all layers together and follow the weights. What differs from
 the paper: R is divided by the energy E of its whole domain (the paper: by the number of weights), so that both live on
 one scale and R is the share of the energy that pruning would remove; z is counted from log c; c follows the scale of
-the loss; the small constant e keeps z finite; the target sparsities may rise over the first steps.
+the loss; the floor e bounds the coefficients, for an R far below it is not worth its price in loss; the target
+sparsities may rise over the first steps.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ __all__ = ["DOMAINS", "JointSparsity", "histogram_quantile", "separating_thresho
 
 DOMAINS = ("spatial", "winograd")
 
-_FLOOR = 1e-6  # e above: energy shares below it need no further push.
 _CALIBRATION = 20  # calls over which the scale of the loss is averaged.
 _BINS = 2048
 _EXTRA_STATE = ("calls", "loss_scale", "thresholds", "energies", "held")
@@ -74,6 +74,8 @@ class JointSparsity(nn.Module):
         weighted: compare and penalise Winograd weights multiplied by how much each tile position changes the output
             (``Transform.importance``), instead of raw magnitudes (the paper's mode).
         alpha: strength, relative to the scale of the loss.
+        floor: e above. A small one forces the last of R out at the price of the loss, a large one leaves an error for
+            pruning to make.
         speed: how far z moves for a unit step of its parameter. The paper's ratio of rates is 10 (1e-4 to 1e-5).
         ramp: calls over which the targets rise from 0, as 1 - (1 - t/ramp)^3.
         refresh: calls between two refreshes of the thresholds.
@@ -94,16 +96,17 @@ class JointSparsity(nn.Module):
         tile: int | Mapping[str, int] = 4,
         *,
         weighted: bool = True,
-        alpha: float = 0.1,
-        speed: float = 100.0,
+        alpha: float = 5.0,
+        floor: float = 1e-3,
+        speed: float = 50.0,
         ramp: int = 0,
         refresh: int = 10,
         exclude: Iterable[str] = (),
     ) -> None:
         super().__init__()
-        _check(spatial, winograd, alpha, speed, ramp, refresh)
+        _check(spatial, winograd, alpha, floor, speed, ramp, refresh)
         self.targets = {"spatial": float(spatial), "winograd": float(winograd)}
-        self.weighted, self.alpha, self.speed = weighted, alpha, speed
+        self.weighted, self.alpha, self.floor, self.speed = weighted, alpha, floor, speed
         self.ramp, self.refresh = ramp, refresh
         self._layers = tuple(_find_layers(model, tile, frozenset(exclude)))
         self.layers = {domain: [x.name for x in self._of(domain)] for domain in DOMAINS}
@@ -137,7 +140,7 @@ class JointSparsity(nn.Module):
             for domain, share in self.regularisers().items():
                 self._shares[domain] = share.detach()
                 z = self.speed * self.z[domain]
-                total = total + torch.exp(z) * (share + _FLOOR) - z
+                total = total + torch.exp(z) * (share + self.floor) - z
             return self.alpha * self.loss_scale * total
 
     def regularisers(self) -> dict[str, Tensor]:
@@ -298,14 +301,14 @@ class JointSparsity(nn.Module):
                 raise InputError(f"the model has no layer that can be sparse in the {domain} domain; set {domain}=0")
 
 
-def _check(spatial: float, winograd: float, alpha: float, speed: float, ramp: int, refresh: int) -> None:
+def _check(spatial: float, winograd: float, alpha: float, floor: float, speed: float, ramp: int, refresh: int) -> None:
     for name, value in (("spatial", spatial), ("winograd", winograd)):
         if not 0 <= value < 1:
             raise InputError(f"{name}={value}: a sparsity is at least 0 and below 1")
     if not spatial and not winograd:
         raise InputError("spatial and winograd are both 0: nothing is left to make sparse")
-    if not alpha > 0 or not speed > 0 or ramp < 0 or refresh < 1:
-        raise InputError("alpha and speed must be above 0, ramp at least 0 and refresh at least 1")
+    if not (alpha > 0 and floor > 0 and speed > 0) or ramp < 0 or refresh < 1:
+        raise InputError("alpha, floor and speed must be above 0, ramp at least 0 and refresh at least 1")
 
 
 def _find_layers(model: nn.Module, tile: int | Mapping[str, int], exclude: frozenset[str]) -> Iterable[_Layer]:

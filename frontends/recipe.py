@@ -78,7 +78,7 @@ class OptimiserTable:
 
 @dataclass(frozen=True)
 class SparsityTable:
-    """``[sparsity]``. spatial, winograd, tile, weighted, alpha, speed: of ``JointSparsity``; a domain at 0 is left out
+    """``[sparsity]``. spatial, winograd, tile, weighted, alpha, floor, speed: of ``JointSparsity``; a domain at 0 is left out
     of training. ramp: share of all steps over which the targets rise. hold: final share of the steps for which
     spatially pruned weights stay zero. prune_spatial, prune_winograd: what is pruned at the end, whatever was trained.
     """
@@ -87,8 +87,9 @@ class SparsityTable:
     winograd: float = 0.8
     tile: int = 4
     weighted: bool = True
-    alpha: float = 0.1
-    speed: float = 100.0
+    alpha: float = 5.0
+    floor: float = 1e-3
+    speed: float = 50.0
     ramp: float = 0.4
     hold: float = 0.2
     prune_spatial: float = 0.8
@@ -110,7 +111,7 @@ class Recipe:
 _CHOICES = {("data", "kind"): ("super-resolution", "classification"), ("run", "precision"): ("fp32", "bf16")}
 _SHARES = ("ramp", "hold", "warmup")
 _SPARSITIES = ("spatial", "winograd", "prune_spatial", "prune_winograd")
-_POSITIVE = ("epochs", "batch", "scale", "patch", "steps", "rate", "alpha", "speed")
+_POSITIVE = ("epochs", "batch", "scale", "patch", "steps", "rate", "alpha", "floor", "speed")
 
 
 def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

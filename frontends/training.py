@@ -274,6 +274,7 @@ class _Trainee(lightning.LightningModule):
             target.tile,
             weighted=target.weighted,
             alpha=target.alpha,
+            floor=target.floor,
             speed=target.speed,
             ramp=round(target.ramp * self.total),
         )

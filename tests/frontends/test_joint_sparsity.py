@@ -109,21 +109,20 @@ def test_gradient_agrees_with_finite_differences_of_the_cost() -> None:
             z.fill_(0.4)
     objective().backward()
     for domain, share in objective.regularisers().items():
-        expected = 0.5 * 3.0 * (np.exp(1.2) * (float(share.detach()) + 1e-6) - 1)
+        expected = 0.5 * 3.0 * (np.exp(1.2) * (float(share.detach()) + objective.floor) - 1)
         assert float(objective.z[domain].grad) == pytest.approx(expected, rel=1e-4)
 
 
 def test_coefficients_grow_until_the_regulariser_balances() -> None:
-    """With fixed weights z converges to -log R."""
-    model = small_net()
-    objective = JointSparsity(model)
+    """With fixed weights z converges to -log (R + floor)."""
+    objective = JointSparsity(small_net(), floor=0.1)
     optimiser = torch.optim.Adam(objective.parameters(), lr=1e-3)
     for _ in range(300):
         optimiser.zero_grad()
         objective(torch.tensor(2.0)).backward()
         optimiser.step()
     for domain, share in objective.regularisers().items():
-        assert objective.state()[f"z_{domain}"] == pytest.approx(-float(torch.log(share.detach())), abs=0.05)
+        assert objective.state()[f"z_{domain}"] == pytest.approx(-np.log(float(share.detach()) + 0.1), abs=0.05)
 
 
 def test_alpha_follows_the_scale_of_the_loss() -> None:
@@ -136,7 +135,7 @@ def test_alpha_follows_the_scale_of_the_loss() -> None:
 
 def test_training_pulls_the_pruned_share_of_both_domains_to_nothing() -> None:
     model = small_net()
-    objective = JointSparsity(model, 0.8, 0.8, alpha=10.0, ramp=100)
+    objective = JointSparsity(model, 0.8, 0.8, alpha=10.0, floor=1e-6, speed=100.0, ramp=100)
     objective.update_thresholds()
     objective.calls = 1000
     objective.update_thresholds()
@@ -357,6 +356,7 @@ def test_shared_weights_count_once() -> None:
         ({"tile": {"6": 4}}, "no 3x3 or 5x5"),
         ({"tile": {"nowhere": 4}}, '"nowhere"'),
         ({"alpha": 0.0}, "alpha"),
+        ({"floor": 0.0}, "floor"),
         ({"exclude": ["nowhere"]}, '"nowhere"'),
     ],
 )
