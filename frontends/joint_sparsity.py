@@ -74,8 +74,9 @@ class JointSparsity(nn.Module):
         weighted: compare and penalise Winograd weights multiplied by how much each tile position changes the output
             (``Transform.importance``), instead of raw magnitudes (the paper's mode).
         alpha: strength, relative to the scale of the loss.
-        floor: e above. A small one forces the last of R out at the price of the loss, a large one leaves an error for
-            pruning to make.
+        floor: e above; alpha / floor bounds the coefficients, relative to the loss. Where the bound is high the last of
+            R is forced out at the price of the loss, where it is low pruning makes an error: for CT-SRCNN (Adam, 1600
+            steps) 5e6 gave 32.22 dB in both builds, 5e3 32.46 dB in both, 5e2 32.60 dB spatial and 32.32 dB Winograd.
         speed: how far z moves for a unit step of its parameter. The paper's ratio of rates is 10 (1e-4 to 1e-5).
         ramp: calls over which the targets rise from 0, as 1 - (1 - t/ramp)^3.
         refresh: calls between two refreshes of the thresholds.
@@ -96,9 +97,9 @@ class JointSparsity(nn.Module):
         tile: int | Mapping[str, int] = 4,
         *,
         weighted: bool = True,
-        alpha: float = 5.0,
-        floor: float = 1e-3,
-        speed: float = 50.0,
+        alpha: float = 1.0,
+        floor: float = 1e-4,
+        speed: float = 100.0,
         ramp: int = 0,
         refresh: int = 10,
         exclude: Iterable[str] = (),

@@ -87,9 +87,9 @@ class SparsityTable:
     winograd: float = 0.8
     tile: int = 4
     weighted: bool = True
-    alpha: float = 5.0
-    floor: float = 1e-3
-    speed: float = 50.0
+    alpha: float = 1.0
+    floor: float = 1e-4
+    speed: float = 100.0
     ramp: float = 0.4
     hold: float = 0.2
     prune_spatial: float = 0.8
