@@ -48,7 +48,9 @@ def compile_model(
     Raises:
         InputError: for a bad model, target, compiler, log or output.
     """
+    # What is wrong with files is found before TVM is imported.
     check_output(output)
+    _check_model(model)
     if not 0 <= winograd_sparsity < 1:
         raise InputError(f"winograd sparsity {winograd_sparsity}: must be at least 0 and below 1")
     tvm_target = parse_target(target)
@@ -56,7 +58,6 @@ def compile_model(
     progress(f"reading {model}")
     mod, params = read_model(model, input_shapes)
 
-    # After reading, so that a missing or broken file is reported in no time.
     import tvm
     from tvm.driver.tvmc.model import TVMCModel
 
@@ -87,19 +88,23 @@ def read_model(path: Path, input_shapes: Shapes | None = None) -> tuple[Any, dic
     from . import from_onnx, load, onnx_graph
     from .model_file import input_shapes as by_name
 
-    suffix = path.suffix.lower()
-    if suffix not in (".jsm", ".onnx"):
-        raise InputError(f"{path}: not a .jsm or .onnx file; export the model to ONNX or compress it first")
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file; check the path")
+    _check_model(path)
+    coded = path.suffix.lower() == ".jsm"
     if input_shapes is None:
-        return load(path) if suffix == ".jsm" else from_onnx(path)
-    if suffix == ".jsm":
+        return load(path) if coded else from_onnx(path)
+    if coded:
         raise InputError(
             f"{path}: its shapes were fixed when it was saved; give shapes to jointsparse compress instead"
         )
     proto, name = onnx_graph.read(path)
     return from_onnx(path, by_name(proto, input_shapes, name))
+
+
+def _check_model(path: Path) -> None:
+    if path.suffix.lower() not in (".jsm", ".onnx"):
+        raise InputError(f"{path}: not a .jsm or .onnx file; export the model to ONNX or compress it first")
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; check the path")
 
 
 @contextmanager

@@ -180,6 +180,29 @@ def test_broken_tuning_log(tmp_path: Path) -> None:
     assert not (tmp_path / "m.tar").exists()
 
 
+def test_linked_by_the_compiler_asked_for(tmp_path: Path) -> None:
+    model = write(two_convolutions(), tmp_path / "model.onnx")
+    compiler = tmp_path / "my-g++"
+    compiler.write_text(f'#!/bin/sh\ntouch {tmp_path}/called\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    compile_model(model, "llvm", tmp_path / "m.tar", cross_compiler=str(compiler))
+    assert (tmp_path / "called").exists()
+    assert run_package(tmp_path / "m.tar").outputs["output_0"].shape == (1, 4, 6, 6)
+
+
+def test_open_axes_take_the_shapes_given(tmp_path: Path) -> None:
+    model = two_convolutions()
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"side{axis}"
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    path = write(model, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="side2"):
+        read_model(path)
+    for shapes in ((1, 4, 16, 12), {"x": (1, 4, 16, 12)}):
+        compile_model(path, "llvm", tmp_path / "m.tar", domain="dense", input_shapes=shapes)
+        assert run_package(tmp_path / "m.tar").outputs["output_0"].shape == (1, 4, 8, 6)
+
+
 def test_failing_linker(tmp_path: Path) -> None:
     model = write(two_convolutions(), tmp_path / "model.onnx")
     compiler = tmp_path / "broken-g++"
