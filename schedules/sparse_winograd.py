@@ -87,9 +87,10 @@ def sparse_winograd(
         name="output_rows",
         tag=OUTPUT_ROWS,
     )
+    # Column j of a tile innermost: then the pixels of an output row lie side by side.
     tiles = te.compute(
-        (*blocks, filters, m, m, blocking.panels, panel),
-        lambda n, by, bx, k, i, j, po, pi: linear_map(
+        (*blocks, filters, m, blocking.panels, panel, m),
+        lambda n, by, bx, k, i, po, pi, j: linear_map(
             matrices.AT, j, lambda v: rows[n, by, bx, k, i, v, po * panel + pi]
         ),
         name="output_tiles",
@@ -97,18 +98,12 @@ def sparse_winograd(
     )
 
     def pixel(n: tir.Var, k: tir.Var, h: tir.Var, w: tir.Var) -> tir.PrimExpr:
-        tile_row, tile_col = h // m, w // m
-        t = phases.unbounded(tir.floormod(tile_row, layout.rows) * blocking.width + tir.floormod(tile_col, layout.cols))
-        return tiles[
-            n,
-            tile_row // layout.rows,
-            tile_col // layout.cols,
-            k,
-            tir.floormod(h, m),
-            tir.floormod(w, m),
-            t // panel,
-            tir.floormod(t, panel),
-        ]
+        row, col = tir.floormod(h // m, layout.rows), tir.floormod(w, layout.cols * m)
+        place = phases.unbounded(row * (blocking.width * m) + col)
+        t = place // m
+        by, bx = h // (layout.rows * m), w // (layout.cols * m)
+        i, j, po, pi = tir.floormod(h, m), tir.floormod(place, m), t // panel, tir.floormod(t, panel)
+        return tiles[n, by, bx, k, i, po, pi, j]
 
     return te.compute(geometry.out_shape, pixel, name="output", tag=OUTPUT)
 
