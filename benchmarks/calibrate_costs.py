@@ -35,10 +35,10 @@ from jointsparse.schedules.targets import cpu_facts
 
 # What each kind of kernel is charged for.
 TERMS = {
-    "dense": ("macs", "inputs", "outputs", "weights", "fixed"),
-    "dense_1x1": ("macs", "inputs", "outputs", "weights", "fixed"),
-    "dense_grouped": ("macs", "inputs", "outputs", "weights", "fixed"),
-    "depthwise": ("macs", "inputs", "outputs", "fixed"),
+    "dense": ("vectors", "inputs", "outputs", "weights", "fixed"),
+    "dense_1x1": ("vectors", "inputs", "outputs", "weights", "fixed"),
+    "dense_grouped": ("vectors", "inputs", "outputs", "weights", "fixed"),
+    "depthwise": ("vectors", "inputs", "outputs", "fixed"),
     "direct": ("vectors", "touched", "entries", "rows", "packed", "outputs", "fixed"),
     "direct_1x1": ("vectors", "entries", "rows", "packed", "outputs", "fixed"),
     "winograd_f2": ("vectors", "entries", "far_entries", "rows", "packed", "inputs", "outputs", "fixed"),

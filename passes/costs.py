@@ -57,10 +57,10 @@ Coefficients = Mapping[str, Mapping[str, float]]
 FAMILIES: Mapping[str, Coefficients] = {
     # Chosen by it against the best: 1.019 times its time on average, 1.73 at worst, within 5 % in 91 % of 140 cases.
     "avx512": {
-        "dense": {"macs": 0.0126, "outputs": 1.22, "weights": 0.116},  # mean error 11 %
-        "dense_1x1": {"macs": 0.0132, "inputs": 0.149, "outputs": 0.715},  # mean error 6 %
-        "dense_grouped": {"macs": 0.0104, "outputs": 1.18, "weights": 0.668},  # mean error 12 %
-        "depthwise": {"macs": 0.0629, "inputs": 0.635},  # mean error 32 %
+        "dense": {"vectors": 0.202, "outputs": 1.22, "weights": 0.116},  # mean error 11 %
+        "dense_1x1": {"vectors": 0.211, "inputs": 0.149, "outputs": 0.715},  # mean error 6 %
+        "dense_grouped": {"vectors": 0.166, "outputs": 1.18, "weights": 0.668},  # mean error 12 %
+        "depthwise": {"vectors": 1.01, "inputs": 0.635},  # mean error 32 %
         "direct": {"vectors": 0.391, "touched": 0.339, "packed": 0.183, "outputs": 0.158},  # mean error 16 %
         "direct_1x1": {
             "vectors": 0.502,
@@ -138,14 +138,14 @@ def counts(kernel: str, geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts) ->
     """How often a kernel does what, waste at the edges of blocks included.
 
     Returns:
-        ``macs`` (dense), ``vectors`` (vector multiply-adds by non-zeros), ``touched`` (direct, vectors
+        ``vectors`` (vector multiply-adds; of sparse kernels by non-zeros), ``touched`` (direct, vectors
         brought into L1 that other taps of the filter then find there), ``entries`` (non-zeros read),
         ``far_entries`` (those of them that L2 cannot hold), ``rows`` (filter rows begun), ``packed`` (pixels packed),
         ``inputs`` and ``outputs`` (elements; for Winograd vectors of tile elements transformed), ``weights`` (dense,
         elements read), ``fixed`` (1).
     """
     if kernel == DENSE:
-        return _dense_counts(geometry)
+        return _dense_counts(geometry, cpu)
     work = _direct_work(geometry, cpu) if kernel == DIRECT else _winograd_work(geometry, TILE[kernel], cpu)
     return {
         "vectors": nonzeros * work.panels * work.panel_vectors,
@@ -183,11 +183,11 @@ class _Work:
     outputs: int
 
 
-def _dense_counts(geometry: ConvGeometry) -> dict[str, float]:
+def _dense_counts(geometry: ConvGeometry, cpu: CpuFacts) -> dict[str, float]:
     out_channels, channels, height, width = geometry.weight_shape
     pixels = geometry.batch * geometry.out_height * geometry.out_width
     return {
-        "macs": geometry.macs,
+        "vectors": geometry.macs / cpu.lanes,
         "inputs": geometry.batch * geometry.in_channels * geometry.in_height * geometry.in_width,
         "outputs": pixels * out_channels,
         "weights": out_channels * channels * height * width,
