@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import tvm
 from numpy.typing import NDArray
-from tvm import relay
+from tvm import relay, te, topi
 from tvm.contrib import graph_executor
 
-from jointsparse.schedules.blocking import direct_blocking, winograd_blocking
+from jointsparse.schedules import x86
+from jointsparse.schedules.blocking import direct_blocking, direct_panel, winograd_blocking
+from jointsparse.schedules.formats import pack_direct, pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import (
     DIRECT,
@@ -26,6 +28,8 @@ from jointsparse.schedules.operators import (
     why_not_target,
     why_not_winograd,
 )
+from jointsparse.schedules.sparse_direct import sparse_direct
+from jointsparse.schedules.sparse_winograd import sparse_winograd
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.winograd import transform
 from tests import reference
@@ -229,6 +233,35 @@ def test_whatever_follows(tile: int, name: str) -> None:
     got = run(build(module(SMALL, after, tile)), x=data)
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["transpose", "reshape", "broadcast"])
+def test_a_function_that_ends_in_another_shape(tile: int, name: str) -> None:
+    """Relay does not fuse these, a caller of the schedule may."""
+    ends = {
+        "transpose": (lambda y: topi.transpose(y, (0, 2, 3, 1)), lambda y: y.transpose(0, 2, 3, 1)),
+        "reshape": (lambda y: topi.reshape(y, (6, 143)), lambda y: y.reshape(6, 143)),
+        "broadcast": (lambda y: topi.broadcast_to(y, (3, 6, 11, 13)), lambda y: np.repeat(y, 3, 0)),
+    }
+    target, cpu, weight = tvm.target.Target(LLVM), cpu_facts(LLVM), weights(SMALL, tile)
+    layout, blocking = direct_blocking(SMALL, cpu), winograd_blocking(SMALL, 4, cpu)
+    rows = pack_winograd(weight, SMALL) if tile else pack_direct(weight, SMALL, layout)
+    arrays = [data_of(SMALL), rows.values, rows.indices, rows.indptr]
+    inputs = [te.placeholder(a.shape, str(a.dtype), name=f"a{i}") for i, a in enumerate(arrays)]
+    with target:
+        if tile:
+            result = ends[name][0](topi.nn.relu(sparse_winograd(*inputs, SMALL, tile, blocking)))
+            schedule = x86.schedule_winograd([result], blocking.layout, tile, target)
+        else:
+            panel = direct_panel(layout, cpu)
+            result = ends[name][0](topi.nn.relu(sparse_direct(*inputs, SMALL, layout, panel)))
+            schedule = x86.schedule_direct([result], layout, target)
+        function = tvm.build(schedule, [*inputs, result], target)
+    want = ends[name][1](np.maximum(expected(data_of(SMALL), weight, SMALL, tile), 0))
+    out = tvm.nd.array(np.zeros(want.shape, np.float32))
+    function(*[tvm.nd.array(a) for a in arrays], out)
+    close(out.numpy(), want)
 
 
 @BOTH

@@ -18,6 +18,8 @@ from jointsparse.schedules.targets import STACK_BYTES, cpu_facts, why_not_target
 from jointsparse.schedules.winograd import transform
 
 LAYER = ConvGeometry(1, 64, 56, 56, 64, (3, 3), padding=(1, 1, 1, 1))
+DEEP = ConvGeometry(1, 256, 14, 14, 16, (3, 3), padding=(1, 1, 1, 1))
+"""A panel of one or two vectors, in parallel stage by stage."""
 
 X86 = {
     "llvm -mtriple=x86_64-linux-gnu": (4, 16, "xmm"),
@@ -80,17 +82,18 @@ def test_targets_without_schedules(target: str) -> None:
 
 @pytest.mark.parametrize("target", [t for t in X86 if "haswell" in t or "sapphire" in t])
 @pytest.mark.parametrize("tile", [0, 4], ids=["direct", "winograd"])
-def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile: int) -> None:
+@pytest.mark.parametrize("geometry", [LAYER, DEEP], ids=["wide", "deep"])
+def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile: int, geometry: ConvGeometry) -> None:
     """A loop of one broadcast and nothing but multiply-adds with a memory operand; no accumulator goes to memory."""
     facts, register = cpu_facts(target), X86[target][2]
     if tile:
-        vectors = winograd_blocking(LAYER, tile, facts).panel // facts.lanes
+        vectors = winograd_blocking(geometry, tile, facts).panel // facts.lanes
     else:
-        vectors = direct_panel(direct_blocking(LAYER, facts), facts) // facts.lanes
+        vectors = direct_panel(direct_blocking(geometry, facts), facts) // facts.lanes
     multiply_add = re.compile(rf"vfmadd231ps\s+-?\d*\(%\w+(?:,%\w+(?:,\d)?)?\), %{register}\d+, %{register}\d+")
     inner = [
         loop
-        for loop in innermost_loops(assembly(target, tile))
+        for loop in innermost_loops(assembly(target, tile, geometry))
         if "vbroadcastss" in loop
         and len(multiply_add.findall(loop)) % vectors == 0
         and len(multiply_add.findall(loop)) == vectors * loop.count("vbroadcastss")
