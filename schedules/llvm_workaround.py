@@ -18,6 +18,7 @@ from tvm._ffi.base import _LIB
 
 _SYMBOL = "_ZN3tvm7codegen11CodeGenLLVM19AddDebugInformationEPN4llvm5ValueERKNS_3tir3VarEPNS2_11InstructionE"
 _TVM_VERSION = "0.19.0"
+# Seen with 21 and 22. LLVM 19 brought the debug records that the message speaks of; before it, nothing is touched.
 _FIRST_BAD_LLVM = 19
 _RETURN = {"x86_64": b"\xc3", "aarch64": b"\xc0\x03\x5f\xd6", "arm64": b"\xc0\x03\x5f\xd6"}
 _applied = False

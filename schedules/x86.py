@@ -177,7 +177,10 @@ def _transform_input(kernel: _Kernel) -> tir.IterVar:
 
 
 def _transform_output(kernel: _Kernel) -> None:
-    kernel.stage(sparse_winograd.PRODUCTS).storage_align(kernel.stage(sparse_winograd.PRODUCTS).op.axis[4], *_SKEW)
+    """Both passes of the output transform, channel by channel."""
+    products = kernel.stage(sparse_winograd.PRODUCTS)
+    *_, v, _, _, _ = products.op.axis
+    products.storage_align(v, *_SKEW)
     rows = kernel.stage(sparse_winograd.OUTPUT_ROWS)
     *_, i, v, t = rows.op.axis
     vector, lane = rows.split(t, kernel.cpu.lanes)
