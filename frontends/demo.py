@@ -60,10 +60,9 @@ class Settings:
     Attributes:
         steps: optimiser steps in all. spatial, winograd: target sparsities. tile: of F(tile x tile, r x r).
         exclude: layers left alone: the last one has so few and so small weights that a common threshold takes all.
-        rate: peak learning rate. alpha: strength of the objective. ramp: share of the steps over which the targets
-            rise. hold: share of the steps, at the end, with the pruned weights held at zero.
-        bits: of the largest quantised weight.
-        repeat: measurements of each build, the fastest counts.
+        rate: peak learning rate. ramp: share of the steps over which the targets rise. hold: share of the steps, at
+            the end, with the pruned weights held at zero.
+        bits: of the largest quantised weight. repeat: measurements of each build, the fastest counts.
         crop: rows and columns of the test photograph to use, None for all.
     """
 
@@ -75,7 +74,6 @@ class Settings:
     patch: int = 36
     batch: int = 16
     rate: float = 1e-3
-    alpha: float = 0.3
     ramp: float = 0.3
     hold: float = 0.5
     bits: int = 7
@@ -202,7 +200,6 @@ def fine_tune(model: nn.Module, settings: Settings, progress: Progress) -> Joint
         settings.spatial,
         settings.winograd,
         settings.tile,
-        alpha=settings.alpha,
         ramp=round(settings.ramp * settings.steps),
         exclude=settings.exclude,
     )
