@@ -45,8 +45,6 @@ TERMS = {
     "winograd_f4": ("vectors", "entries", "far_entries", "rows", "packed", "inputs", "outputs", "fixed"),
 }
 
-ALL_FAMILIES: dict[str, Coefficients] = {"avx512": {}, "avx2": {}, "sse": {}, "neon": {}}
-
 SPARSITIES = (0.0, 0.5, 0.8, 0.95)
 
 
@@ -205,7 +203,7 @@ class _LogRatio:
 
 def regret(records: list[dict], coefficients: Coefficients, target: tvm.target.Target) -> list[float]:
     """For each layer and sparsity: the time of the kernel that the model would choose over the least time."""
-    model = LinearCostModel({family(cpu_facts(target), ALL_FAMILIES): coefficients})
+    model = LinearCostModel({family(cpu_facts(target)): coefficients})
     by_geometry: dict[ConvGeometry, list[dict]] = {}
     for record in records:
         by_geometry.setdefault(record["geometry"], []).append(record)
@@ -236,7 +234,7 @@ def main() -> None:
         plain = [r | {"geometry": vars(r["geometry"])} for r in records]
         arguments.json.write_text(json.dumps(plain, indent=1))
     coefficients, errors = fit(records, target)
-    print(f'    "{family(cpu_facts(target), ALL_FAMILIES)}": {{')
+    print(f'    "{family(cpu_facts(target))}": {{')
     for name, terms in coefficients.items():
         print(f'        "{name}": {json.dumps(terms)},  # mean error {errors[name]:.0%}')
     print("    },")

@@ -7,7 +7,15 @@ import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointsparse.passes.costs import FAMILIES, LinearCostModel, break_even_sparsity, counts, family, kind
+from jointsparse.passes.costs import (
+    FAMILIES,
+    LinearCostModel,
+    break_even_sparsity,
+    coefficients_of,
+    counts,
+    family,
+    kind,
+)
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
 
@@ -87,7 +95,10 @@ def test_kinds_of_dense_convolution():
     assert kind("direct", ConvGeometry(1, 64, 8, 8, 64, (1, 1))) == "direct_1x1"
 
 
-def test_a_family_without_coefficients_takes_the_nearest():
+def test_what_a_family_lacks_is_taken_from_the_nearest():
     cpu = cpu_facts("llvm -mcpu=haswell")
-    assert family(cpu, {"avx512": {}, "avx2": {}}) == "avx2"
-    assert family(cpu, {"avx512": {}}) == "avx512"
+    near, far = {"direct": {"vectors": 1.0}}, {"direct": {"vectors": 2.0}, "dense": {"vectors": 3.0}}
+    families = {"avx512": far, "avx2": near}
+    assert family(cpu) == "avx2"
+    assert coefficients_of("direct", cpu, families) == {"vectors": 1.0}
+    assert coefficients_of("dense", cpu, families) == {"vectors": 3.0}
