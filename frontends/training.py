@@ -382,11 +382,11 @@ def _fit(trainee: _Trainee, plan: Recipe, output: Path, resume: bool, processes:
 
 
 def _save_weights(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     scratch = path.with_name(path.name + ".part")
-    save_file(state, scratch)
+    scratch.write_bytes(save(state))
     os.replace(scratch, path)
 
 
