@@ -51,7 +51,7 @@ def train(
     overrides: Mapping[str, Any] | None = None,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Train by a recipe and measure: dense before, dense after or the spatial and the Winograd build.
+    """Train by a recipe and measure the weights started from and every build of the trained ones.
 
     Args:
         recipe: a TOML file, see ``recipe.Recipe``. data: the folder or archive that the recipe's names lie in.
@@ -165,8 +165,10 @@ class _SuperResolution:
         return {name: self._psnr(nn.Identity(), pairs) for name, pairs in self.test_pairs.items()}
 
     def _psnr(self, model: nn.Module, pairs: list[datasets.Pair]) -> float:
+        device = _device(model)
+
         def enlarge(pair: datasets.Pair) -> np.ndarray:
-            return model(torch.from_numpy(pair.low)[None, None]).float()[0, 0].numpy()
+            return model(torch.from_numpy(pair.low)[None, None].to(device)).float()[0, 0].cpu().numpy()
 
         return round(float(np.mean([datasets.psnr(enlarge(p), p.high, self.spec.scale) for p in pairs])), 4)
 
@@ -204,8 +206,10 @@ class _Classification:
         return {}
 
     def _accuracy(self, model: nn.Module, split: datasets.Labelled) -> float:
+        device = _device(model)
         batches = datasets.LabelledBatches(split, batch=500, augment=False)
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in (batches[i] for i in range(len(batches))))
+        pairs = (batches[i] for i in range(len(batches)))
+        right = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in pairs)
         return round(100 * right / len(split.labels), 4)
 
 
@@ -214,6 +218,10 @@ _TASKS: dict[str, type[_SuperResolution] | type[_Classification]] = {
     "super-resolution": _SuperResolution,
     "classification": _Classification,
 }
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @torch.inference_mode()
