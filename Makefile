@@ -1,5 +1,5 @@
 # make install   the environment .venv, from the versions in constraints/
-# make demo      the main job on this machine, about five minutes
+# make demo      the main job on this machine, a few minutes
 # make test      what CI runs: linter, type checker, tests
 # make slow      the tests of many minutes
 # make pins      renew constraints/ for $(PYTHON)

@@ -4,7 +4,7 @@ APP = """Train, compress and deploy CNNs that are sparse in the spatial and in t
 
 Exit codes: 0 done; 1 the input or the environment is at fault, one line on standard error says what; 2 wrong usage."""
 
-DEMO = "Fine-tune, compress, compile and run CT-SRCNN on photographs; prints one table. About five minutes."
+DEMO = "Fine-tune, compress, compile and run CT-SRCNN on photographs; prints one table. A few minutes."
 TRAIN = "Train by a recipe; leaves the weights and the measured results in a folder."
 COMPRESS = "Prune, quantise and code a model into one .jsm file."
 DECOMPRESS = "Turn a .jsm file into ONNX."

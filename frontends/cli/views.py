@@ -103,8 +103,11 @@ def show_demo(result: DemoResult) -> None:
             "" if row.multiplications is None else f"{row.multiplications:,.0f}",
             "" if row.milliseconds is None else f"{row.milliseconds:.0f} ms",
         )
-    zeros = " and ".join(f"{share:.1%} zeros in the {domain} domain" for domain, share in result.sparsities.items())
-    print(f"x3 enlargement to {width} x {height} pixels of a photograph never trained on, {result.threads} threads,")
+    zeros = " and ".join(
+        f"{share:.1%} zeros in the {domain.replace('w', 'W')} domain" for domain, share in result.sparsities.items()
+    )
+    threads = f"{result.threads} thread" + ("" if result.threads == 1 else "s")
+    print(f"x3 enlargement to {width} x {height} pixels of a photograph never trained on, {threads},")
     print(f"{result.target}; one file with {zeros}")
     Console(width=110).print(table)
     print(f"pictures, models and packages are in {result.folder}; look at {result.folder / 'comparison.png'}")
