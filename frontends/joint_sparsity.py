@@ -32,16 +32,17 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..schedules.winograd import KERNELS, TILES, transform
+from ..schedules.winograd_pruning import WinogradPruning, magnitudes
 from .errors import InputError
+from .winograd_spec import separating_threshold
 
-__all__ = ["DOMAINS", "JointSparsity", "histogram_quantile", "separating_threshold"]
+__all__ = ["DOMAINS", "JointSparsity", "histogram_quantile"]
 
 DOMAINS = ("spatial", "winograd")
 
 _CALIBRATION = 20  # calls over which the scale of the loss is averaged.
 _BINS = 2048
 _EXTRA_STATE = ("calls", "loss_scale", "thresholds", "energies", "held")
-_SLACK = 1e-3  # the share of ranks above the asked one among which the widest gap is looked for.
 
 
 @dataclass(frozen=True)
@@ -274,13 +275,9 @@ class JointSparsity(nn.Module):
             return {}
         threshold = self._winograd_threshold()
         return {
-            f"{x.name}.weight" if x.name else "weight": {
-                "tile": x.tile,
-                "origin": [0, 0],
-                "threshold": threshold,
-                "weighted": self.weighted,
-            }
+            f"{x.name}.weight" if x.name else "weight": WinogradPruning(x.tile, threshold, self.weighted).to_json()
             for x in self._of("winograd")
+            if x.tile is not None
         }
 
     def _winograd_threshold(self) -> float:
@@ -288,10 +285,7 @@ class JointSparsity(nn.Module):
 
     def _winograd_magnitudes(self, layer: _Layer) -> NDArray[np.float64]:
         assert layer.tile is not None
-        weight = layer.weight.detach().float().cpu().numpy()
-        winograd = transform(layer.tile, weight.shape[-1])
-        magnitudes = np.abs(winograd.filters(weight))
-        return magnitudes * winograd.importance() if self.weighted else magnitudes
+        return magnitudes(layer.weight.detach().float().cpu().numpy(), layer.tile, self.weighted)
 
     def _of(self, domain: str) -> list[_Layer]:
         return [x for x in self._layers if domain == "spatial" or x.tile is not None]
@@ -392,24 +386,3 @@ def histogram_quantile(values: list[Tensor], share: float) -> float:
 
 def _threshold(magnitudes: list[NDArray[np.float64]], share: float) -> float:
     return separating_threshold(np.concatenate([m.reshape(-1) for m in magnitudes]), share)
-
-
-def separating_threshold(magnitudes: NDArray[np.floating], share: float) -> float:
-    """A threshold that at least ``share`` of the magnitudes do not exceed, and as few more as possible, but for up to
-    0.1 % of them: it lies in the middle of the widest gap there, far from every magnitude. 0 for ``share`` 0.
-
-    Raises:
-        InputError: where equal magnitudes leave no such threshold below the largest.
-    """
-    wanted = int(np.ceil(share * magnitudes.size))
-    if wanted == 0:
-        return 0.0
-    ordered = np.sort(magnitudes, axis=None)
-    # Equal magnitudes cannot be parted: the first rank at which a gap opens, then a little further for a wide one.
-    first = int(np.searchsorted(ordered, ordered[wanted - 1], side="right"))
-    if first >= ordered.size:
-        raise InputError(f"at {share:.0%} every weight would be pruned: too many magnitudes are equal; ask for less")
-    last = min(ordered.size - 1, first + int(_SLACK * ordered.size))
-    gaps = np.diff(ordered[first - 1 : last + 1])
-    start = first - 1 + int(np.argmax(gaps))
-    return float((ordered[start] + ordered[start + 1]) / 2)

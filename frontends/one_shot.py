@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from ..schedules import winograd_pruning
 from ..schedules.winograd import TILES
 from . import model_file, onnx_graph, winograd_spec
 from .errors import InputError
@@ -222,16 +223,16 @@ def _winograd(
             f"{name}: no 3x3 or 5x5 convolution of stride 1 and dilation 1 to prune in the Winograd domain; "
             "leave Winograd sparsity out"
         )
-    magnitudes = [winograd_spec.magnitudes(weights[key], tile, weighted).ravel() for key in layers]
-    threshold = winograd_spec.separating_threshold(np.concatenate(magnitudes), sparsity)
-    return {key: winograd_spec.LayerThreshold(tile, threshold, weighted) for key in layers}
+    values = [winograd_pruning.magnitudes(weights[key], tile, weighted).ravel() for key in layers]
+    threshold = winograd_spec.separating_threshold(np.concatenate(values), sparsity)
+    return {key: winograd_pruning.WinogradPruning(tile, threshold, weighted) for key in layers}
 
 
 def _has_winograd(node: NodeProto, weight: NDArray[np.float32]) -> bool:
     ones = [1, 1]
     return (
         node.op_type == "Conv"
-        and winograd_spec.is_winograd_shape(weight.shape)
+        and winograd_pruning.is_winograd_shape(weight.shape)
         and list(onnx_graph.attribute(node, "strides", ones)) == ones
         and list(onnx_graph.attribute(node, "dilations", ones)) == ones
     )

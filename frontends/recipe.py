@@ -78,8 +78,8 @@ class OptimiserTable:
 
 @dataclass(frozen=True)
 class SparsityTable:
-    """``[sparsity]``. spatial, winograd, tile, weighted, alpha, floor, speed: of ``JointSparsity``; a domain at 0 is left out
-    of training. ramp: share of all steps over which the targets rise. hold: final share of the steps for which
+    """``[sparsity]``. spatial, winograd, tile, weighted, alpha, floor, speed: of ``JointSparsity``; a domain at 0 is
+    left out of training. ramp: share of all steps over which the targets rise. hold: final share of the steps for which
     spatially pruned weights stay zero. prune_spatial, prune_winograd: what is pruned at the end, whatever was trained.
     """
 

@@ -13,27 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..schedules.winograd import Transform, transform
-from .errors import InputError
+from ..schedules.winograd_pruning import WinogradPruning
+from . import winograd_spec
 
-__all__ = ["pruned_filters", "winograd_conv2d", "winograd_pruned"]
-
-
-def pruned_filters(
-    weight: NDArray[np.floating], tile: int, threshold: float | NDArray[np.floating], weighted: bool
-) -> NDArray[np.float64]:
-    """U = G w G^T of filters K x C x r x r in float64, K x C x n x n, zero where |U| (times the importance if
-    weighted) <= threshold (a scalar, or one for each of the K).
-    """
-    winograd = transform(tile, weight.shape[-1])
-    filters = winograd.filters(weight)
-    magnitudes = np.abs(filters)
-    if weighted:
-        magnitudes *= winograd.importance()
-    return np.where(magnitudes <= np.reshape(threshold, (-1, 1, 1, 1)), 0.0, filters)
+__all__ = ["winograd_conv2d", "winograd_pruned"]
 
 
 def winograd_conv2d(
@@ -68,31 +54,25 @@ def winograd_pruned(model: nn.Module, spec: Mapping[str, Mapping[str, Any]]) -> 
     filters pruned. The weights are read at entry. For evaluation: no gradient reaches the weights of these layers.
 
     Raises:
-        InputError: where ``spec`` names no such layer, or a tile grid that does not start at (0, 0).
+        InputError: where ``spec`` names no such layer, or is malformed.
     """
-    modules = dict(model.named_modules())
-    replaced: list[nn.Conv2d] = []
+    named = ((path, part) for path, part in model.named_modules() if isinstance(part, nn.Conv2d))
+    convolutions = {f"{path}.weight" if path else "weight": part for path, part in named}
+    shapes = {name: tuple(part.weight.shape) for name, part in convolutions.items()}
+    prunings = winograd_spec.parse(spec, shapes, type(model).__name__)
     try:
-        for name, entry in spec.items():
-            module = modules.get(name.removesuffix("weight").removesuffix("."))
-            if not isinstance(module, nn.Conv2d):
-                raise InputError(f'"{name}" is not the weight of a convolution of this model')
-            if list(entry["origin"]) != [0, 0]:
-                raise InputError(f'"{name}": a tile grid must start at [0, 0], not {entry["origin"]}')
-            module.forward = _forward(module, entry)  # type: ignore[method-assign]
-            replaced.append(module)
+        for name, pruning in prunings.items():
+            convolutions[name].forward = _forward(convolutions[name], pruning)  # type: ignore[method-assign]
         yield model
     finally:
-        for module in replaced:
-            del module.forward  # the class's own is found again
+        for name in prunings:
+            vars(convolutions[name]).pop("forward", None)  # the class's own is found again
 
 
-def _forward(module: nn.Conv2d, entry: Mapping[str, Any]) -> Any:
+def _forward(module: nn.Conv2d, pruning: WinogradPruning) -> Any:
     weight = module.weight.detach()
-    filters = torch.from_numpy(
-        pruned_filters(weight.float().cpu().numpy(), entry["tile"], np.asarray(entry["threshold"]), entry["weighted"])
-    ).to(weight)
-    winograd = transform(entry["tile"], weight.shape[-1])
+    filters = torch.from_numpy(pruning.filters(weight.float().cpu().numpy())).to(weight)
+    winograd = transform(pruning.tile, weight.shape[-1])
     padding = _padding(module)
 
     def forward(x: Tensor) -> Tensor:

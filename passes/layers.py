@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schedules.geometry import ConvGeometry
+from ..schedules.winograd_pruning import WinogradPruning
 from .plan import DENSE, DIRECT, TILE, LayerPlan, Plan
-from .winograd_pruning import WinogradThreshold
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Weight:
         """What the convolution multiplies by."""
         return (self.stored * self.scale).astype(np.float32)
 
+    def folded(self) -> Weight:
+        """The same filters with the scale in ``stored``, for where no threshold of the file speaks of them."""
+        return Weight(self.value, np.ones((1, 1, 1, 1)), self.parameter)
+
     def as_filters(self, shape: tuple[int, ...]) -> Weight:
         """The same filters in the order (K, C / groups, kh, kw).
 
@@ -39,9 +43,9 @@ class Weight:
         scale = np.broadcast_to(self.scale, (*self.stored.shape[:2], *self.scale.shape[2:]))
         return Weight(self.stored.reshape(shape), scale.reshape(*shape[:2], *self.scale.shape[2:]), self.parameter)
 
-    def winograd(self, pruning: WinogradThreshold) -> NDArray[np.float32]:
+    def winograd(self, pruning: WinogradPruning) -> NDArray[np.float32]:
         """Winograd weights (K, C / groups, n, n), pruned as stored and scaled afterwards."""
-        return (pruning.weights(self.stored) * self.scale).astype(np.float32)
+        return (pruning.filters(self.stored) * self.scale).astype(np.float32)
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Layer:
     spatial_sparsity: float | None = None
     left_alone: str | None = None
     unsupported: dict[str, str] = field(default_factory=dict)
-    pruning: dict[str, WinogradThreshold] = field(default_factory=dict)
+    pruning: dict[str, WinogradPruning] = field(default_factory=dict)
     nonzeros: dict[str, int] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
     break_even: dict[str, float] = field(default_factory=dict)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import tvm
 
+from ..schedules.winograd_pruning import ATTRIBUTE, WinogradPruning, magnitudes, parse, separating_threshold
 from .layers import Layer, Worklist
 from .plan import TILE, WINOGRAD
-from .winograd_pruning import ATTRIBUTE, WinogradThreshold, global_threshold, parse_thresholds
 
 
 @tvm.transform.module_pass(opt_level=0, name="PruneWinograd")
@@ -40,7 +41,7 @@ class PruneWinograd:
 
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         attribute = mod.get_attr(ATTRIBUTE)
-        thresholds = parse_thresholds(str(attribute)) if attribute is not None else {}
+        thresholds = parse(str(attribute), "the module") if attribute is not None else {}
         if thresholds and self.sparsity > 0:
             raise ValueError(
                 f"the model carries Winograd thresholds of its own (for {len(thresholds)} weights): "
@@ -54,8 +55,10 @@ class PruneWinograd:
             self._prune_globally()
         return mod if attribute is None else mod.without_attr(ATTRIBUTE)
 
-    def _allow(self, layer: Layer, threshold: WinogradThreshold | None) -> None:
+    def _allow(self, layer: Layer, threshold: WinogradPruning | None) -> None:
         """Enter the tile sizes that this layer may be computed with."""
+        if threshold is None and layer.weight is not None:
+            layer.weight = layer.weight.folded()
         for tile, kernel in WINOGRAD.items():
             if kernel in layer.unsupported:
                 continue
@@ -63,16 +66,17 @@ class PruneWinograd:
             if reason is not None:
                 layer.unsupported[kernel] = reason
             else:
-                layer.pruning[kernel] = threshold or WinogradThreshold(tile, weighted=self.weighted)
+                layer.pruning[kernel] = threshold or WinogradPruning(tile, weighted=self.weighted)
 
-    def _why_not(self, layer: Layer, tile: int, threshold: WinogradThreshold | None) -> str | None:
+    def _why_not(self, layer: Layer, tile: int, threshold: WinogradPruning | None) -> str | None:
         assert layer.weight is not None
         if threshold is not None and threshold.tile != tile:
             return f"the model's Winograd threshold is for tile size {threshold.tile}"
-        if threshold is not None and len(threshold.threshold) not in (1, layer.weight.stored.shape[0]):
+        count, channels = np.size(threshold.threshold) if threshold is not None else 1, layer.weight.stored.shape[0]
+        if count not in (1, channels):
             raise ValueError(
-                f"module attribute {ATTRIBUTE}, weight {layer.weight.parameter!r}: {len(threshold.threshold)} "
-                f"thresholds for {layer.weight.stored.shape[0]} output channels"
+                f"module attribute {ATTRIBUTE}, weight {layer.weight.parameter!r}: {count} thresholds for {channels} "
+                "output channels"
             )
         if threshold is not None and layer.weight.scale.shape[2:] != (1, 1):
             return "the weights are scaled within a filter: the model's Winograd threshold does not follow"
@@ -84,11 +88,15 @@ class PruneWinograd:
         for kernel, tile in TILE.items():
             layers = [layer for layer in self.worklist.layers if kernel in layer.pruning]
             weights = [layer.weight.value for layer in layers if layer.weight is not None]
-            threshold = global_threshold(weights, tile, self.sparsity, self.weighted)
+            if not weights:
+                continue
+            # Single precision halves the memory, which for VGG-16 is hundreds of megabytes.
+            values = [magnitudes(weight, tile, self.weighted).astype(np.float32).ravel() for weight in weights]
+            threshold = separating_threshold(np.concatenate(values), self.sparsity)
             for layer in layers:
-                layer.pruning[kernel] = WinogradThreshold(tile, (threshold,), self.weighted)
+                layer.pruning[kernel] = WinogradPruning(tile, threshold, self.weighted)
 
-    def _warn_of_unknown(self, thresholds: dict[str, WinogradThreshold]) -> None:
+    def _warn_of_unknown(self, thresholds: dict[str, WinogradPruning]) -> None:
         """A threshold that finds no weight would silently prune nothing."""
         known = {layer.weight.parameter for layer in self.worklist.layers if layer.weight is not None}
         unknown = sorted(thresholds.keys() - known)

@@ -9,6 +9,7 @@ import pytest
 from onnx import ModelProto, NodeProto, checker, helper, numpy_helper
 
 from jointsparse.frontends import batch_norm, onnx_graph, winograd_spec
+from jointsparse.schedules.winograd_pruning import WinogradPruning
 from tests.frontends.graphs import floats, model, run
 
 
@@ -143,7 +144,7 @@ def test_training_mode_is_left() -> None:
 def test_thresholds_follow_their_filters() -> None:
     constants = {"w": floats(4, 4, 3, 3), **_statistics(4)}
     proto = model([helper.make_node("Conv", ["x", "w"], ["c"]), _norm("c", "y")], {"x": (1, 4, 6, 6)}, constants)
-    spec = {"w": winograd_spec.LayerThreshold(4, 0.05, True)}
+    spec = {"w": WinogradPruning(4, 0.05, True)}
     onnx_graph.set_metadata(proto, winograd_spec.KEY, winograd_spec.dump(spec))
     before = spec["w"].magnitudes(constants["w"]) <= 0.05
     scale = batch_norm.fold(proto)["w"].scale

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from jointsparse.frontends import codec, container, model_file, winograd_spec
+from jointsparse.frontends import codec, container, model_file
 from jointsparse.frontends.container import Contents, Record, Shared
 from jointsparse.frontends.container_decoder import decode
 from jointsparse.frontends.container_encoder import encode
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.quantization import LayerQuantization, quantize_array
+from jointsparse.schedules.winograd_pruning import WinogradPruning
 from tests.frontends.graphs import floats, model, put_together, read_index, stored, take_apart
 
 
@@ -52,7 +53,7 @@ def _contents() -> Contents:
         Record("e", (3,), np.array([2**40, -1, 0])),
         Record("f \N{SNOWMAN}\n[bold]/../", (4,), np.array([True, False, True, True])),
     )
-    spec = {"a": winograd_spec.LayerThreshold(4, 0.125, True), "b": winograd_spec.LayerThreshold(2, 0.1, False)}
+    spec = {"a": WinogradPruning(4, 0.125, True), "b": WinogradPruning(2, 0.1, False)}
     return Contents(graph, records, spec)
 
 

@@ -17,6 +17,7 @@ from jointsparse.frontends import model_file, onnx_graph, winograd_spec
 from jointsparse.frontends.container import Contents, Record, Shared
 from jointsparse.frontends.container_encoder import encode
 from jointsparse.frontends.quantization import LayerQuantization
+from jointsparse.schedules.winograd_pruning import WinogradPruning
 
 GOLDEN = Path(__file__).with_name("golden_v1.jsm")
 
@@ -42,8 +43,8 @@ def contents() -> Contents:
         Record("table", (8, 8), third.reshape(8, 8).astype(np.int64)),
     )
     spec = {
-        "dithered": winograd_spec.LayerThreshold(4, 0.3, True),
-        "tuned": winograd_spec.LayerThreshold(2, tuple(k / 10 for k in range(10)), False),
+        "dithered": WinogradPruning(4, 0.3, True),
+        "tuned": WinogradPruning(2, tuple(k / 10 for k in range(10)), False),
     }
     graph = helper.make_graph(
         [helper.make_node("Relu", ["x"], ["y"])],
@@ -117,4 +118,4 @@ def test_thresholds() -> None:
     spec = winograd_spec.parse(onnx_graph.metadata(model, winograd_spec.KEY) or "", shapes, "golden")
     scale = np.array([0.5, -1.25, 3, 0.1, 0, 7, 1e-3, 2, 1, 1], np.float32)
     assert spec["dithered"].threshold == tuple(0.3 * abs(float(s)) for s in scale)
-    assert spec["tuned"] == winograd_spec.LayerThreshold(2, tuple(k / 10 for k in range(10)), False)
+    assert spec["tuned"] == WinogradPruning(2, tuple(k / 10 for k in range(10)), False)

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
 from jointsparse.frontends.errors import InputError
-from jointsparse.frontends.joint_sparsity import JointSparsity, histogram_quantile, separating_threshold
+from jointsparse.frontends.joint_sparsity import JointSparsity, histogram_quantile
 from jointsparse.schedules.winograd import transform
 
 
@@ -182,24 +182,6 @@ def test_histogram_quantile_is_close_and_never_short(arrays: list[np.ndarray], s
     exact = magnitudes[int(np.ceil(share * magnitudes.size)) - 1]
     tolerance = magnitudes[-1] * (1.0 / 2048**2 + 1e-6)
     assert exact - tolerance <= threshold <= exact + tolerance
-
-
-@given(hnp.arrays(np.float64, st.integers(2, 400), elements=st.integers(0, 12).map(float)), st.floats(0.0, 0.95))
-@settings(deadline=None, max_examples=100)
-def test_separating_threshold_never_touches_a_magnitude(magnitudes: np.ndarray, share: float) -> None:
-    wanted = int(np.ceil(share * magnitudes.size))
-    ordered = np.sort(magnitudes)
-    if wanted and ordered[wanted - 1] == ordered[-1]:
-        with pytest.raises(InputError):
-            separating_threshold(magnitudes, share)
-        return
-    threshold = separating_threshold(magnitudes, share)
-    assert (magnitudes <= threshold).sum() >= wanted
-    if wanted:
-        assert not (magnitudes == threshold).any()
-        # As few as ties allow, but for the slack in which the widest gap is looked for.
-        least = (magnitudes <= ordered[wanted - 1]).sum()
-        assert (magnitudes <= threshold).sum() <= least + 1 + magnitudes.size // 1000
 
 
 @pytest.mark.parametrize("tile", [2, 4])

@@ -17,6 +17,7 @@ from jointsparse import frontends
 from jointsparse.frontends import container, model_file, onnx_graph, winograd_spec
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.quantization import LayerQuantization
+from jointsparse.schedules.winograd_pruning import WinogradPruning
 from tests.frontends.graphs import floats, model, read_index, run, take_apart
 from tests.frontends.torch_models import Residual, Shared, randomised
 
@@ -146,7 +147,7 @@ def test_thresholds_prune_the_same_entries_before_and_after_folding(path: Path) 
     objective = _objective(module)
     entry = objective.winograd_spec()["conv1.weight"]
     frontends.save(module, x, path, objective=objective)
-    layer = winograd_spec.LayerThreshold(4, entry["threshold"], entry["weighted"])
+    layer = WinogradPruning(4, entry["threshold"], entry["weighted"])
     before = layer.magnitudes(module.conv1.weight.detach().numpy()) <= entry["threshold"]
     proto = _decompressed(path)
     weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}

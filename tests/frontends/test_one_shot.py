@@ -215,19 +215,6 @@ def test_nothing_to_compress_or_to_prune_in_the_winograd_domain(path: Path) -> N
         frontends.compress(pointwise, path, winograd_sparsity=0.5)
 
 
-def test_threshold_lies_clear_of_every_magnitude() -> None:
-    magnitudes = np.abs(np.random.default_rng(0).normal(size=10_000))
-    for sparsity in (0.1, 0.5, 0.99):
-        threshold = winograd_spec.separating_threshold(magnitudes, sparsity)
-        assert sparsity <= np.mean(magnitudes <= threshold) <= sparsity + 0.0012
-        assert np.abs(magnitudes - threshold).min() > 1e-6
-    assert winograd_spec.separating_threshold(magnitudes, 0) == 0
-    ties = np.r_[2.0, np.ones(10), np.zeros(10)]
-    assert winograd_spec.separating_threshold(ties, 12 / 21) == 1.5
-    with pytest.raises(InputError, match="every weight"):
-        winograd_spec.separating_threshold(np.ones(10), 0.1)
-
-
 def test_report_is_printable_and_json(path: Path) -> None:
     import json
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from jointsparse.frontends.errors import InputError
-from jointsparse.frontends.winograd_inference import pruned_filters, winograd_conv2d, winograd_pruned
+from jointsparse.frontends.winograd_inference import winograd_conv2d, winograd_pruned
 from jointsparse.schedules.winograd import transform
+from jointsparse.schedules.winograd_pruning import WinogradPruning
 
 
 def entry(tile: int = 4, threshold: object = 0.0, weighted: bool = True) -> dict:
@@ -68,7 +69,7 @@ def test_pruned_output_by_the_definition(weighted: bool) -> None:
     size = np.abs(u) * (made.importance() if weighted else 1)
     u[size <= threshold[:, None, None, None]] = 0
     assert 0 < (u == 0).mean() < 1
-    np.testing.assert_array_equal(pruned_filters(weight, m, threshold, weighted), u)
+    np.testing.assert_array_equal(WinogradPruning(m, tuple(threshold), weighted).filters(weight), u)
 
     height, width = 10, 7  # padding 1 keeps the size
     padded = np.zeros((2, 1 + 12 + 5, 1 + 8 + 5))
@@ -86,7 +87,10 @@ def test_pruned_output_by_the_definition(weighted: bool) -> None:
 
 def test_foreign_specifications_are_refused() -> None:
     conv = nn.Conv2d(1, 1, 3)
-    with pytest.raises(InputError, match="not the weight"), winograd_pruned(conv, {"elsewhere.weight": entry()}):
+    with (
+        pytest.raises(InputError, match="no weight of the model"),
+        winograd_pruned(conv, {"elsewhere.weight": entry()}),
+    ):
         pass
     with pytest.raises(InputError, match=r"\[0, 0\]"), winograd_pruned(conv, {"weight": entry() | {"origin": [1, 0]}}):
         pass

@@ -12,8 +12,8 @@ from tvm import relay
 from jointsparse.passes.collect_convolutions import CollectConvolutions
 from jointsparse.passes.layers import Worklist
 from jointsparse.passes.prune_winograd import PruneWinograd
-from jointsparse.passes.winograd_pruning import ATTRIBUTE, WinogradThreshold
 from jointsparse.schedules.winograd import transform
+from jointsparse.schedules.winograd_pruning import ATTRIBUTE, WinogradPruning
 from tests.passes.relay_nets import HOST
 
 RNG = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def test_without_threshold_and_sparsity_both_tiles_are_allowed_and_nothing_is_pr
     worklist, _ = prune(module())
     a, b, c = worklist.layers
     for layer in (a, b):
-        assert layer.pruning == {"winograd_f2": WinogradThreshold(2), "winograd_f4": WinogradThreshold(4)}
+        assert layer.pruning == {"winograd_f2": WinogradPruning(2), "winograd_f4": WinogradPruning(4)}
         dense = transform(4, layer.geometry.kernel[0]).filters(layer.weight.stored)
         np.testing.assert_allclose(layer.sparse_weight("winograd_f4"), dense, rtol=1e-6)
     assert c.pruning == {}
@@ -59,7 +59,7 @@ def test_a_threshold_of_the_model_allows_its_tile_only_and_is_used_up():
     mod = module({"a.weight": entry(tile=2)}).with_attr("note", "kept")
     worklist, result = prune(mod)
     a, b, _ = worklist.layers
-    assert a.pruning == {"winograd_f2": WinogradThreshold(2, (0.5,))}
+    assert a.pruning == {"winograd_f2": WinogradPruning(2, 0.5)}
     assert a.unsupported == {"winograd_f4": "the model's Winograd threshold is for tile size 2"}
     assert b.pruning.keys() == {"winograd_f2", "winograd_f4"}
     assert result.get_attr(ATTRIBUTE) is None
@@ -96,6 +96,18 @@ def test_sparsity_prunes_all_layers_by_one_threshold_for_each_tile():
         zeros = [(layer.sparse_weight(kernel) == 0).ravel() for layer in layers]
         assert np.concatenate(zeros).mean() == pytest.approx(0.7, abs=0.005)
         assert zeros[0].mean() > 0.8 > zeros[1].mean()
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1, 1), (1, 1, 3, 3)])
+def test_sparsity_counts_what_the_convolution_multiplies_by(shape):
+    """With BatchNorm folded in, the smallest of the scaled Winograd weights go, not of the stored ones."""
+    scale = np.exp(2 * RNG.standard_normal(shape)).astype("float32")
+    mod = module(None, lambda name, w: relay.multiply(w, relay.const(scale)) if name == "a.weight" else w)
+    layer = prune(mod, 0.7, weighted=False)[0].layers[0]
+    dense = transform(4, 3).filters(PARAMS["a.weight"] * scale)
+    kept = np.abs(dense) > layer.pruning["winograd_f4"].threshold
+    assert 0 < kept.mean() < 1
+    np.testing.assert_allclose(layer.sparse_weight("winograd_f4"), np.where(kept, dense, 0), rtol=1e-5, atol=1e-9)
 
 
 def test_a_tile_asked_for_is_the_only_one():

@@ -17,8 +17,8 @@ from tvm.relay import testing
 from jointsparse.passes import sparsify
 from jointsparse.passes.convolutions import find_convolutions
 from jointsparse.passes.plan import TILE
-from jointsparse.passes.winograd_pruning import ATTRIBUTE, WinogradThreshold
 from jointsparse.schedules.winograd import transform
+from jointsparse.schedules.winograd_pruning import ATTRIBUTE, WinogradPruning
 from tests.passes import networks
 from tests.passes.relay_nets import (
     HOST,
@@ -152,7 +152,7 @@ def test_thresholds_of_the_model_hold_with_batch_norm_in_relay():
     result, left, plan = sparsify(mod, params, HOST, "winograd")
     x = data((1, 5, 14, 14))
     weight, norm = net[0].weight.detach().numpy(), net[1]
-    pruned = WinogradThreshold(4, tuple(threshold), False).weights(weight)
+    pruned = WinogradPruning(4, tuple(threshold), False).filters(weight)
     assert 0.1 < np.mean(pruned == 0) < 0.9
     assert plan["0"].winograd_sparsity == {"winograd_f4": np.mean(pruned == 0)}
     convolved = torch.from_numpy(winograd_reference(x.astype(np.float64), pruned, 4, 3, 1))
