@@ -18,7 +18,7 @@ from jointsparse.passes import sparsify
 from jointsparse.passes.convolutions import find_convolutions
 from jointsparse.passes.plan import TILE
 from jointsparse.schedules.winograd import transform
-from jointsparse.schedules.winograd_pruning import ATTRIBUTE, WinogradPruning
+from jointsparse.schedules.winograd_pruning import ATTRIBUTE, WinogradPruning, separating_threshold
 from tests.passes import networks
 from tests.passes.relay_nets import (
     HOST,
@@ -137,7 +137,7 @@ def test_a_pruned_layer_computes_the_pruned_function(tile, size):
     output = build_and_run(result, left, x)
     dense = transform(tile, size).filters(net[0].weight.detach().numpy())
     magnitude = np.abs(dense) * transform(tile, size).importance()
-    pruned = np.where(magnitude <= np.quantile(magnitude, 0.7), 0, dense)
+    pruned = np.where(magnitude <= separating_threshold(magnitude, 0.7), 0, dense)
     assert relative_rms(output, winograd_reference(x.astype(np.float64), pruned, tile, size, 1)) < TOLERANCE["winograd"]
     assert relative_rms(output, expected) > 0.1
 
