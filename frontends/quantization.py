@@ -136,7 +136,7 @@ def quantize_(model: nn.Module, step: float, dither: bool = False, seed: int = 0
         dither: whether to dither, each layer with its own stream of ``seed`` (0 to 2^32 - 1).
 
     Raises:
-        InputError: for a bad step or seed, or a model without such layers.
+        InputError: for a bad step or seed, a model without such layers, or weights that are parametrised.
     """
     if not 0 <= seed < 2**32:
         raise InputError(f"seed {seed}: choose 0 to 2^32 - 1")
@@ -233,7 +233,20 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     seen: set[int] = set()
     layers: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (_ConvNd, nn.Linear)) and id(module.weight) not in seen:
+        if not isinstance(module, (_ConvNd, nn.Linear)):
+            continue
+        check_plain_weight(name, module)
+        if id(module.weight) not in seen:
             seen.add(id(module.weight))
             layers[name] = module
     return layers
+
+
+def check_plain_weight(name: str, module: nn.Module) -> None:
+    """Refuse a weight that torch computes from other parameters before each use: what is written to it would be lost.
+
+    Raises:
+        InputError: ``module.weight`` is no parameter.
+    """
+    if module._parameters.get("weight") is None:
+        raise InputError(f'layer "{name}": its weight is computed (parametrised); remove the parametrisation first')

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.utils.prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -356,3 +357,38 @@ def test_a_model_without_reachable_layers_is_refused() -> None:
 def test_unknown_domain_is_refused() -> None:
     with pytest.raises(InputError, match="unknown domain"):
         JointSparsity(small_net()).prune_("frequency")
+
+
+def test_quantile_counts_beyond_what_float32_counts() -> None:
+    """22 million magnitudes fall into the lowest bin: more than 2^24, where a float32 count stands still."""
+    values = torch.full((25_000_000,), 1e-4)
+    values[:3_000_000] = torch.linspace(0.5, 1, 3_000_000)
+    assert histogram_quantile([values], 0.8) < 1e-3
+
+
+def _weight_norm(layer: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(layer)
+
+
+def _torch_prune(layer: nn.Module) -> None:
+    nn.utils.prune.random_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.parametrize("computed", [_weight_norm, nn.utils.parametrizations.spectral_norm, _torch_prune])
+def test_a_computed_weight_is_refused_unless_excluded(computed: Callable[[nn.Module], object]) -> None:
+    model = small_net()
+    computed(model[5])
+    with pytest.raises(InputError, match='layer "5": its weight is computed'):
+        JointSparsity(model)
+    assert "5" not in JointSparsity(model, exclude=["5"]).layers["spatial"]
+
+
+def test_pruning_reports_the_zeros_that_are_there() -> None:
+    model = small_net()
+    reported = JointSparsity(model, 0.6).prune_("spatial")
+    zeros = {name: float((model[int(name)].weight == 0).double().mean()) for name in reported}
+    assert reported == pytest.approx(zeros)
+
+
+def test_a_domain_without_layers_prunes_nothing() -> None:
+    assert JointSparsity(nn.Linear(4, 4), 0.5, 0).prune_("winograd") == {}

@@ -203,3 +203,9 @@ def test_the_core_needs_no_torch() -> None:
         "assert quantize_array(np.ones(2, np.float32), 0.5, 1).dequantize().shape == (2,)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_computed_weight_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(InputError, match='layer "1": its weight is computed'):
+        quantize_(model, 0.1)
