@@ -98,7 +98,7 @@ def _winograd_cycles(blocking: WinogradBlocking, geometry: ConvGeometry, m: int,
     down, across = blocking.layout.blocks
     vectors = blocking.tiles // cpu.lanes
     taps = 0.2 * positions * geometry.out_channels * geometry.in_channels / geometry.groups
-    per_panel = 1.5 + 0.55 * blocking.panel // cpu.lanes
+    per_panel = 1.5 + 0.55 * (blocking.panel // cpu.lanes)
     products = taps * blocking.panels * per_panel
     transforms = vectors * positions * (8 * geometry.in_channels + 5 * geometry.out_channels)
     if _gathers(blocking, cpu):

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointsparse.schedules.blocking import direct_blocking, direct_panel, winograd_blocking
+from jointsparse.schedules.blocking import (
+    WinogradBlocking,
+    _winograd_cycles,
+    direct_blocking,
+    direct_panel,
+    winograd_blocking,
+)
 from jointsparse.schedules.formats import pack_direct, pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.layouts import direct_layout, winograd_layout
@@ -144,3 +150,15 @@ def test_blocks_cover_the_output(geometry: ConvGeometry, m: int, lanes: int) -> 
     assert blocking.tiles >= (blocking.layout.rows - 1) * blocking.width + blocking.layout.cols
     assert blocking.width >= blocking.layout.cols
     assert blocking.layout.grid == winograd_layout(geometry, m, 1, 1).grid
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_predicted_cycles_grow_with_the_panel(lanes: int) -> None:
+    """Every vector more in a panel is one more multiply-add a weight, and counted as such."""
+    geometry, cpu = ConvGeometry(1, 16, 18, 18, 16, (3, 3)), Cpu(lanes=lanes, l2=2**30)
+    layout = winograd_layout(geometry, 4, 4, 4)
+    panels = [WinogradBlocking(layout, layout.cols, vectors * lanes, 1) for vectors in range(1, 13)]
+    cycles = np.array([_winograd_cycles(panel, geometry, 4, cpu) for panel in panels])
+    steps = np.diff(cycles)
+    assert steps[0] > 0
+    np.testing.assert_allclose(steps, steps[0])
