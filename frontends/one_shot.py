@@ -82,15 +82,21 @@ def compress(
 
 
 def prune(weights: dict[str, NDArray[np.float32]], sparsity: float) -> None:
-    """Zero, in the dict, the share ``sparsity`` of all weights that has the smallest magnitudes; ties go as well."""
-    total = sum(value.size for value in weights.values())
-    count = round(sparsity * total)
-    if not count:
+    """Zero, in the dict, at least the share ``sparsity`` of all weights, those of the smallest magnitudes.
+
+    Raises:
+        InputError: a weight is not finite, or equal magnitudes would take every weight.
+    """
+    for key, value in weights.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"weight {key!r} is not finite; give a model whose training did not diverge")
+    if not sparsity:
         return
     magnitudes = np.concatenate([np.abs(value).ravel() for value in weights.values()])
-    threshold = np.partition(magnitudes, count - 1)[count - 1]
+    threshold = winograd_spec.separating_threshold(magnitudes, sparsity)
     for key, value in weights.items():
-        weights[key] = np.where(np.abs(value) <= threshold, np.float32(0), value)
+        # In float64: in float32 the threshold could round up to the magnitude above it.
+        weights[key] = np.where(np.abs(value).astype(np.float64) <= threshold, np.float32(0), value)
 
 
 def _check_options(

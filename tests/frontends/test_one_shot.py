@@ -12,7 +12,7 @@ from onnx import ModelProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 from jointsparse import frontends
-from jointsparse.frontends import model_file, onnx_graph, winograd_spec
+from jointsparse.frontends import model_file, one_shot, onnx_graph, winograd_spec
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.networks import build
 from jointsparse.frontends.quantization import LayerQuantization
@@ -58,7 +58,7 @@ def test_spatial_sparsity_is_met_by_the_smallest_of_all_layers(path: Path) -> No
     layers = "abcde"
     total = sum(before[name].size for name in layers)
     zeros = sum(int((after[name] == 0).sum()) for name in layers)
-    assert zeros == round(0.7 * total)
+    assert 0.7 * total <= zeros <= 0.701 * total + 2  # the threshold lies in the widest gap of the next 0.1 %
     largest_pruned = max(np.abs(before[name][after[name] == 0]).max() for name in layers)
     smallest_kept = min(np.abs(after[name][after[name] != 0]).min() for name in layers)
     assert largest_pruned < smallest_kept
@@ -231,3 +231,33 @@ def test_report_is_printable_and_json(path: Path) -> None:
     assert "ratio" in text
     assert json.loads(info.to_json())["layers"][0]["name"] == strange
     assert onnx_graph.metadata(model_file.read_model(path), winograd_spec.KEY)
+
+
+def test_equal_magnitudes_are_never_all_pruned(path: Path) -> None:
+    signs = np.sign(floats(8, 4, 3, 3))
+    binary = model([helper.make_node("Conv", ["x", "w"], ["y"])], {"x": (1, 4, 6, 6)}, {"w": signs})
+    with pytest.raises(InputError, match="magnitudes are equal"):
+        frontends.compress(binary, path, spatial_sparsity=0.1)
+    assert not path.exists()
+
+
+def test_pruning_separates_neighbouring_floats() -> None:
+    """Midway between two neighbours float32 has no number: the threshold must not round to the upper one."""
+    values = [np.float32(1)]
+    for _ in range(9):
+        values.append(np.nextafter(values[-1], np.float32(2)))
+    for count in range(1, 10):
+        weights = {"w": np.array(values, np.float32)}
+        one_shot.prune(weights, count / 10)
+        assert int((weights["w"] == 0).sum()) == count
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(path: Path, value: float) -> None:
+    network = _network()
+    weight = floats(16, 16, 3, 3, seed=3)
+    weight[3, 2, 1, 0] = value
+    next(t for t in network.graph.initializer if t.name == "c").CopyFrom(numpy_helper.from_array(weight, "c"))
+    for options in ({}, {"step": 0}, {"spatial_sparsity": 0.5, "step": 0}):
+        with pytest.raises(InputError, match="weight 'c' is not finite"):
+            frontends.compress(network, path, **options)
