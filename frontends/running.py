@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tarfile
-import zipfile
+import zlib
 from collections.abc import Mapping
-from pathlib import Path
+from lzma import LZMAError
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from .outputs import replacing
 
 if TYPE_CHECKING:
     from tvm.driver.tvmc.model import TVMCPackage, TVMCResult
+
+InputTypes = dict[str, tuple[tuple[int, ...], str]]
 
 
 def run_package(
@@ -42,9 +45,9 @@ def run_package(
     """
     from tvm.driver.tvmc.runner import run_module
 
-    opened = _open(package)
+    opened, expected = _open(package)
     given = dict(inputs or {})
-    _check_inputs(package, opened, given)
+    _check_inputs(package, expected, given)
     try:
         return run_module(
             opened, "cpu", inputs=given, fill_mode=fill_mode, benchmark=time, repeat=repeat, number=number
@@ -64,13 +67,13 @@ def threads() -> int:
     return int(tvm.runtime.num_threads())
 
 
-def package_inputs(package: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def package_inputs(package: Path) -> InputTypes:
     """Shape and data type of every input of a package, by name.
 
     Raises:
         InputError: if it is no package.
     """
-    return _input_types(_open(package))
+    return _open(package)[1]
 
 
 def read_inputs(path: Path) -> dict[str, NDArray[Any]]:
@@ -89,34 +92,49 @@ def read_inputs(path: Path) -> dict[str, NDArray[Any]]:
         raise InputError(f"{path}: there is no such file") from error
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # at a damaged file, numpy and zipfile pass on what their parsers raise
         raise InputError(f"{path}: not a readable .npz file; make one with numpy.savez") from error
 
 
-def _open(path: Path) -> TVMCPackage:
+def _open(path: Path) -> tuple[TVMCPackage, InputTypes]:
+    """The package, and shape and data type of every input, which reads its graph and parameters once."""
     from tvm.driver.tvmc import TVMCException
     from tvm.driver.tvmc.model import TVMCPackage
 
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
     try:
+        _check_members(path)
         package = TVMCPackage(str(path))
-    except (tarfile.TarError, TVMCException, OSError, EOFError) as error:
+    except (tarfile.TarError, TVMCException, OSError, EOFError, UnicodeDecodeError, zlib.error, LZMAError) as error:
         raise InputError(f"{path}: not a package of compiled code; make one with jointsparse compile") from error
     if package.type != "classic":
         raise InputError(f"{path}: made for TVM's {package.type} executor; compile it for the graph executor")
-    return package
+    return package, _input_types(path, package)
 
 
-def _input_types(package: TVMCPackage) -> dict[str, tuple[tuple[int, ...], str]]:
+def _check_members(path: Path) -> None:
+    """Refuse what would land outside the folder that TVM unpacks to: TVM extracts every member as it is."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name = PurePosixPath(member.name)
+            if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
+                raise InputError(
+                    f"{path}: not a package of compiled code: {member.name!r} in it is no plain file; do not trust it"
+                )
+
+
+def _input_types(path: Path, package: TVMCPackage) -> InputTypes:
     from tvm.driver.tvmc.runner import get_input_info
 
-    shapes, types = get_input_info(package.graph, package.params)
-    return {name: (tuple(shapes[name]), types[name]) for name in shapes}
+    try:
+        shapes, types = get_input_info(package.graph, package.params)
+        return {name: (tuple(shapes[name]), types[name]) for name in shapes}
+    except Exception as error:  # TVM's reader of parameters and a graph of another form raise many kinds
+        raise InputError(f"{path}: its graph or parameters are damaged; compile the model again") from error
 
 
-def _check_inputs(path: Path, package: TVMCPackage, inputs: Mapping[str, NDArray[Any]]) -> None:
-    expected = _input_types(package)
+def _check_inputs(path: Path, expected: InputTypes, inputs: Mapping[str, NDArray[Any]]) -> None:
     for name, array in inputs.items():
         if name not in expected:
             raise InputError(f"input {name!r}: {path} has none of this name, but {', '.join(expected)}")

@@ -78,7 +78,7 @@ def test_link_stays_and_its_end_is_replaced(tmp_path: Path, exists: bool) -> Non
 def test_link_into_a_missing_folder(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "missing" / "end")
-    with pytest.raises(InputError, match="no folder .*missing"):
+    with pytest.raises(InputError, match=r"no folder .*missing"):
         check_output(link)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,17 +86,108 @@ def test_foreign_files(package: Path, tmp_path: Path) -> None:
         run_package(tmp_path / "missing.tar")
 
 
-def test_library_of_another_machine(package: Path, tmp_path: Path) -> None:
-    path = tmp_path / "other.tar"
+def _changed(package: Path, path: Path, name: str, change: Callable[[bytes], bytes]) -> Path:
+    """A copy of `package` with one of its files changed."""
     with tarfile.open(package) as source, tarfile.open(path, "w") as target:
         for member in source.getmembers():
             content = source.extractfile(member).read()  # type: ignore[union-attr]
-            if member.name == "mod.so":
-                # The machine field of the ELF header: 0xF3 is RISC-V.
-                content = content[:18] + b"\xf3\x00" + content[20:]
+            if member.name == name:
+                content = change(content)
+                member.size = len(content)
             target.addfile(member, io.BytesIO(content))
+    return path
+
+
+def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        _member("../../x"),
+        _member("folder/../../x"),
+        _member("/x"),
+        _member("x", tarfile.SYMTYPE, "../.."),
+        _member("x", tarfile.LNKTYPE, "mod.so"),
+        _member("x", tarfile.FIFOTYPE),
+    ],
+    ids=lambda member: f"{member.name} {member.type.decode()}",
+)
+def test_package_that_reaches_outside_is_never_unpacked(
+    package: Path, tmp_path: Path, member: tarfile.TarInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _changed(package, tmp_path / "hostile.tar", "", bytes)
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(member)
+    unpacked = []
+    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda *_, **__: unpacked.append(path))
+    with pytest.raises(InputError, match=r"hostile\.tar: not a package .* do not trust it"):
+        run_package(path)
+    assert not unpacked
+
+
+def test_package_packed_again_with_its_folder_runs(package: Path, tmp_path: Path) -> None:
+    with tarfile.open(package) as source:
+        source.extractall(tmp_path / "content", filter="data")
+    with tarfile.open(tmp_path / "again.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "content", ".")
+    assert run_package(tmp_path / "again.tar.gz").outputs["output_0"].shape == (1, 4, 6, 6)
+
+
+def test_library_of_another_machine(package: Path, tmp_path: Path) -> None:
+    # The machine field of the ELF header: 0xF3 is RISC-V.
+    path = _changed(package, tmp_path / "other.tar", "mod.so", lambda code: code[:18] + b"\xf3\x00" + code[20:])
     with pytest.raises(InputError, match="another machine"):
         run_package(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mod.json", lambda content: b""),
+        ("mod.json", lambda content: content[:-9]),
+        ("mod.json", lambda content: b"[1, 2]"),
+        ("mod.json", lambda content: b'{"arg_nodes": [7], "nodes": []}'),
+        ("mod.json", lambda content: b"\xff" + content),
+        ("mod.params", lambda content: b""),
+        ("mod.params", lambda content: b"junk"),
+        ("mod.params", lambda content: content[: len(content) // 2]),
+        ("mod.params", lambda content: content[:16] + b"\xff" * 64 + content[80:]),
+    ],
+)
+def test_damaged_content(package: Path, tmp_path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    path = _changed(package, tmp_path / "damaged.tar", name, change)
+    with pytest.raises(InputError, match=r"damaged\.tar: (not a package|its graph or parameters are damaged)"):
+        run_package(path)
+
+
+def test_npz_with_flipped_bits(tmp_path: Path) -> None:
+    """Every byte of the headers, the array and the directory: read or refused, and no other exception."""
+    path = tmp_path / "flipped.npz"
+    np.savez_compressed(path, x=np.arange(4, dtype=np.float32))
+    data = path.read_bytes()
+    refused = 0
+    for index in range(len(data)):
+        for mask in (0x01, 0x10, 0xFF):
+            path.write_bytes(data[:index] + bytes([data[index] ^ mask]) + data[index + 1 :])
+            try:
+                read_inputs(path)
+            except InputError:
+                refused += 1
+    assert refused > len(data)
+
+
+@pytest.mark.parametrize("header", ["{'shape': (4,", "{'descr': '<f4', 'fortran_order': False, 'shape': (1 << 60,)}"])
+def test_npz_with_a_damaged_header(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "header.npz"
+    text = header.encode("latin1").ljust(118) + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(InputError, match=r"not a readable \.npz"):
+        read_inputs(path)
 
 
 def test_npz_round_trip_and_faults(tmp_path: Path) -> None:
