@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,22 +50,29 @@ def save(
     Modules that ``quantize_`` has treated are stored as codes. BatchNorm is folded.
 
     Raises:
-        InputError: the model cannot be exported or stored, quantised weights were changed after ``quantize_``, or the
-            file cannot be written.
+        InputError: the model cannot be exported or stored, the objective is of another module, quantised weights are
+            not float32 or were changed after ``quantize_``, or the file cannot be written.
     """
     if isinstance(model, str | os.PathLike | ModelProto):
         proto, name = onnx_graph.read(model)
         onnx_graph.fix_input_shapes(proto, input_shapes(proto, example_input, name), name)
         quantised: dict[str, LayerQuantization] = {}
+        parameters: set[str] = set()
     else:
         from . import exporting
 
         proto, name = exporting.export(model, example_input), type(model).__name__
+        # A parameter that two modules share has two names; either may be an objective's or a quantiser's.
+        parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
         quantised = _quantisations(model)
+        _check_names(quantised, parameters, name, "remove the parametrisation before quantize_")
     # Before names are looked up: the exporter puts Identity nodes where two tensors are equal.
     onnx_graph.tidy(proto, name)
     if objective is not None:
-        _attach(proto, objective.winograd_spec())
+        parameters.update(onnx_graph.initializers(proto))
+        spec = objective.winograd_spec()
+        _check_names(spec, parameters, name, "build the objective on the very module you save (under DDP its .module)")
+        _attach(proto, spec)
     write(pack(proto, quantised, name), path)
 
 
@@ -242,9 +250,19 @@ def _checked_codes(
     for key, codes in quantised.items():
         if key not in tensors:
             warnings.warn(f"{name}: quantised weight {key!r} takes no part in the model; left out", stacklevel=4)
-        elif not np.array_equal(codes.dequantize(), onnx_graph.array(tensors[key])):
+            continue
+        weight = onnx_graph.array(tensors[key])
+        if weight.dtype != np.float32:
+            raise InputError(f"{name}: quantised weight {key!r} is {weight.dtype}; call model.float() before quantize_")
+        if not np.array_equal(codes.dequantize(), weight):
             raise InputError(f"{name}: weight {key!r} was changed after quantize_; quantise again before saving")
     return {key: codes for key, codes in quantised.items() if key in tensors}
+
+
+def _check_names(names: Iterable[str], parameters: AbstractSet[str], model: str, remedy: str) -> None:
+    """Refuse names of weights that are no parameter of the model to be saved: their sparsity would be lost."""
+    if foreign := sorted(set(names) - parameters):
+        raise InputError(f"{model}: {foreign[0]!r} is no weight of the model to be saved; {remedy}")
 
 
 def _attach(model: ModelProto, spec: Mapping[str, Any]) -> None:

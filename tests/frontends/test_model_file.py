@@ -210,6 +210,41 @@ def test_layer_that_takes_no_part_is_left_out_with_a_warning(path: Path) -> None
         frontends.save(module, torch.randn(1, 3, 16, 16), path)
 
 
+def test_unused_layer_of_the_objective_is_left_out_with_a_warning(path: Path) -> None:
+    module = randomised(Residual())
+    module.unused = torch.nn.Conv2d(3, 3, 3)
+    with pytest.warns(UserWarning, match=r"unused\.weight"):
+        frontends.save(module, torch.randn(1, 3, 16, 16), path, objective=_objective(module))
+    assert "conv1.weight" in model_file.read(path).winograd
+
+
+@pytest.mark.parametrize("wrapped", ["saved", "objective"])
+def test_objective_of_another_module_is_refused(path: Path, wrapped: str) -> None:
+    """As under DDP, or where the objective was built on a part: the names differ by a prefix."""
+    module = randomised(Residual())
+    outer = torch.nn.Sequential(module)
+    saved, built_on = (outer, module) if wrapped == "saved" else (module, outer)
+    with pytest.raises(InputError, match="no weight of the model to be saved; build the objective on"):
+        frontends.save(saved, torch.randn(1, 3, 16, 16), path, objective=_objective(built_on))
+    assert not path.exists()
+
+
+def test_weight_computed_since_quantising_is_refused(path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+    frontends.quantize_(module, step=0.02)
+    torch.nn.utils.parametrizations.weight_norm(module[0])
+    with pytest.raises(InputError, match=r"'0\.weight' is no weight"):
+        frontends.save(module, torch.randn(1, 3, 8, 8), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_quantised_weights_must_be_float32(path: Path, dtype: torch.dtype) -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).to(dtype)
+    frontends.quantize_(module, step=0.02)
+    with pytest.raises(InputError, match=r"call model\.float\(\) before quantize_"):
+        frontends.save(module, torch.randn(1, 3, 8, 8, dtype=dtype), path)
+
+
 # --- ONNX ------------------------------------------------------------------------------------------------------------
 
 
