@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from .model_file import decompress, load, save
     from .one_shot import compress
     from .onnx_import import from_onnx, from_torch
-    from .quantization import quantize_
+    from .quantization import CodebookTuner, quantize_, step_for_bits
 
 _HOMES = {
+    "CodebookTuner": "quantization",
     "InputError": "errors",
     "JointSparsity": "joint_sparsity",
     "ModelInfo": "inspection",
@@ -29,9 +30,11 @@ _HOMES = {
     "load": "model_file",
     "quantize_": "quantization",
     "save": "model_file",
+    "step_for_bits": "quantization",
 }
 
 __all__ = [
+    "CodebookTuner",
     "InputError",
     "JointSparsity",
     "ModelInfo",
@@ -43,6 +46,7 @@ __all__ = [
     "load",
     "quantize_",
     "save",
+    "step_for_bits",
 ]
 
 
