@@ -3,7 +3,7 @@
 It stands on Lightning (checkpoints, resume, several processes). Whoever has a training loop needs none of it:
 ``JointSparsity`` works in any. A run leaves in its output folder ``model.safetensors`` (the weights; spatially pruned
 where the recipe asks for sparsity), ``results.json`` (figures, recipe, seed, versions), ``last.ckpt`` while it runs,
-and ``history.csv`` (one line an epoch).
+and ``history.csv`` (a header, then one line an epoch).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import copy
 import csv
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -33,7 +32,8 @@ from . import data as datasets
 from .errors import InputError
 from .joint_sparsity import JointSparsity
 from .networks import build
-from .recipe import Recipe, read_recipe
+from .outputs import replacing
+from .recipe import Recipe, SparsityTable, read_recipe
 from .winograd_inference import winograd_pruned
 
 __all__ = ["load_weights", "train"]
@@ -65,9 +65,13 @@ def train(
         what ``results.json`` holds. On processes other than the first, an empty dict.
 
     Raises:
-        InputError: for a bad recipe, data or weights.
+        InputError: for a bad recipe, data or weights, a checkpoint without ``resume``, or one that is damaged or of
+            another recipe.
     """
     plan = read_recipe(recipe, overrides or {})
+    checkpoint = output / "last.ckpt"
+    if checkpoint.exists() and not resume:
+        raise InputError(f"{checkpoint}: an earlier run lies there; give --resume or another output folder")
     task = _TASKS[plan.data.kind](plan, data)
     if weights is None and plan.network.pretrained:
         raise InputError(f"{recipe}: starts from pre-trained weights; give them with --weights FILE.safetensors")
@@ -81,7 +85,7 @@ def train(
     start = time.time()
     before = _evaluate(task, model) if weights is not None and plan.run.evaluate_start else {}
     trainee = _Trainee(model, task, plan)
-    _fit(trainee, plan, output, resume, processes)
+    _fit(trainee, plan, checkpoint, processes)
     if not trainee.trainer.is_global_zero:
         return {}
     results = {
@@ -238,7 +242,8 @@ def _measure_builds(task: _Task, model: nn.Module, plan: Recipe) -> dict[str, An
     """Prune as the recipe says (in place) and measure each build from these weights.
 
     ``spatial``: spatially pruned weights. ``winograd``: those weights, as the file stores them, pruned in the Winograd
-    domain as well. ``winograd_only``: the weights before spatial pruning, pruned in the Winograd domain alone.
+    domain as well. ``winograd_only``: the weights before spatial pruning, pruned in the Winograd domain alone; not
+    measured where training has pruned them spatially and held them so.
     """
     model.cpu()
     if plan.sparsity is None:
@@ -246,8 +251,9 @@ def _measure_builds(task: _Task, model: nn.Module, plan: Recipe) -> dict[str, An
     target = plan.sparsity
     pruner = JointSparsity(model, target.prune_spatial, target.prune_winograd, target.tile, weighted=target.weighted)
     results: dict[str, Any] = {}
-    with winograd_pruned(model, pruner.winograd_spec()):
-        results["winograd_only"] = _evaluate(task, model)
+    if not _holds(target):
+        with winograd_pruned(model, pruner.winograd_spec()):
+            results["winograd_only"] = _evaluate(task, model)
     results["spatial_sparsity"] = pruner.prune_("spatial")
     results["spatial"] = _evaluate(task, model)
     results["winograd_sparsity"] = pruner.prune_("winograd")
@@ -255,6 +261,11 @@ def _measure_builds(task: _Task, model: nn.Module, plan: Recipe) -> dict[str, An
     with winograd_pruned(model, results["winograd_spec"]):
         results["winograd"] = _evaluate(task, model)
     return results
+
+
+def _holds(target: SparsityTable) -> bool:
+    """Whether training ends with steps for which spatially pruned weights stay zero."""
+    return target.spatial > 0 and target.hold > 0
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -326,9 +337,9 @@ class _Trainee(lightning.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
         target = self.plan.sparsity
-        if self.objective is None or target is None or not target.spatial:
+        if self.objective is None or target is None or not _holds(target):
             return
-        if self.global_step == round((1 - target.hold) * self.total):
+        if self.global_step == max(1, round((1 - target.hold) * self.total)):
             self.objective.prune_("spatial")
         self.objective.hold_()
 
@@ -350,15 +361,33 @@ class _Lines(Callback):
             line |= measured
         if not trainer.is_global_zero:
             return
-        with self.file.open("a", newline="") as stream:
-            csv.writer(stream).writerow([f"{k}={v}" for k, v in line.items()])
+        self._record(line)
         if self.plain:
             print("  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
 
+    def _record(self, line: dict[str, Any]) -> None:
+        """Add a row to the file, and columns for figures new to it, which some epochs have and others have not."""
+        rows = [*_earlier_rows(self.file, line["epoch"]), line]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        with replacing(self.file) as scratch, scratch.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(rows)
 
-def _fit(trainee: _Trainee, plan: Recipe, output: Path, resume: bool, processes: int) -> None:
+
+def _earlier_rows(file: Path, epoch: int) -> list[dict[str, Any]]:
+    """The rows of the epochs before ``epoch``: a resumed run writes its own in place of those after its checkpoint."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream, restkey="", restval=""))
+    return [row for row in rows if row.get("epoch", "").isdigit() and int(row["epoch"]) < epoch]
+
+
+def _fit(trainee: _Trainee, plan: Recipe, checkpoint: Path, processes: int) -> None:
+    """Train, from the checkpoint where there is one."""
     terminal = sys.stdout.isatty()
-    checkpoint = output / "last.ckpt"
+    output = checkpoint.parent
     callbacks: list[Callback] = [
         ModelCheckpoint(output, filename="last", save_top_k=1, enable_version_counter=False, every_n_epochs=1),
         _Lines(output / "history.csv", plan.run.evaluate_every, plain=not terminal),
@@ -381,24 +410,36 @@ def _fit(trainee: _Trainee, plan: Recipe, output: Path, resume: bool, processes:
         num_sanity_val_steps=0,
     )
     found = checkpoint.exists()
-    if found and not resume:
-        raise InputError(f"{checkpoint}: an earlier run lies there; give --resume or another output folder")
+    if found:
+        _check_checkpoint(trainee, checkpoint)
     trainer.fit(trainee, ckpt_path=checkpoint if found else None)
+
+
+def _check_checkpoint(trainee: _Trainee, path: Path) -> None:
+    """Read a checkpoint before Lightning does, whose complaints are pages long."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    # Not a zip, cut off, no pickle, no such key: each raises an error of its own.
+    except Exception as error:
+        raise InputError(f"{path}: damaged, cannot be resumed; remove it to train anew") from error
+    try:
+        trainee.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: of another recipe ({detail}); give the recipe of that run") from error
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def _save_weights(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_bytes(save(state))
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        save_file(state, scratch)
 
 
 def _write_json(results: Mapping[str, Any], path: Path) -> None:
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(results, indent=1) + "\n")

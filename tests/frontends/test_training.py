@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -93,6 +94,11 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+def history(output: Path) -> list[dict[str, str]]:
+    with (output / "history.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def test_a_sparse_run_from_recipe_to_results(tmp_path: Path, data: Path) -> None:
     recipe = write(tmp_path / "recipe.toml", SUPER_RESOLUTION)
     weights = tmp_path / "start.safetensors"
@@ -100,7 +106,8 @@ def test_a_sparse_run_from_recipe_to_results(tmp_path: Path, data: Path) -> None
     save_file(build("vdsr", depth=3, width=8).state_dict(), weights)
     results = train(recipe, data, tmp_path / "out", weights=weights)
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {"baseline", "before", "spatial", "winograd", "winograd_only"} <= set(results)
+    assert {"baseline", "before", "spatial", "winograd"} <= set(results)
+    assert "winograd_only" not in results, "the weights were pruned spatially during training"
     assert all(20 < results[build]["photos"] < 60 for build in ("baseline", "before", "spatial", "winograd"))
     assert results["recipe"]["run"]["seed"] == 4
     state = load_file(tmp_path / "out" / "model.safetensors")
@@ -108,7 +115,18 @@ def test_a_sparse_run_from_recipe_to_results(tmp_path: Path, data: Path) -> None
     zeros = sum(int((w == 0).sum()) for w in kernels) / sum(w.numel() for w in kernels)
     assert 0.6 <= zeros < 0.62
     assert set(results["winograd_spec"]) == {"conv0.weight", "conv1.weight", "conv2.weight"}
-    assert not (tmp_path / "out" / "results.json.part").exists()
+    names = {"model.safetensors", "results.json", "last.ckpt", "history.csv"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_winograd_alone_is_measured_before_spatial_pruning(tmp_path: Path, data: Path) -> None:
+    """Without spatial weights held at zero, pruning nothing in the Winograd domain leaves the trained model."""
+    recipe = write(tmp_path / "recipe.toml", SUPER_RESOLUTION)
+    overrides = {"sparsity.hold": 0.0, "sparsity.prune_winograd": 0.0, "run.evaluate_every": 3}
+    results = train(recipe, data, tmp_path / "out", overrides=overrides)
+    trained = float(history(tmp_path / "out")[-1]["photos"])
+    assert results["winograd_only"]["photos"] == pytest.approx(trained, abs=1e-3)
+    assert results["spatial"]["photos"] != pytest.approx(trained, abs=1e-3)
 
 
 def test_a_killed_run_resumes_exactly(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +148,28 @@ def test_a_killed_run_resumes_exactly(tmp_path: Path, data: Path, monkeypatch: p
         train(recipe, data, tmp_path / "parts")
     monkeypatch.undo()
     with pytest.raises(InputError, match="--resume"):
-        train(recipe, data, tmp_path / "parts")
+        train(recipe, tmp_path / "no data are read", tmp_path / "parts")
     train(recipe, data, tmp_path / "parts", resume=True)
+    assert [row["epoch"] for row in history(tmp_path / "parts")] == ["1", "2", "3"]
     whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_checkpoints_that_cannot_be_resumed_are_refused_in_one_line(tmp_path: Path, data: Path) -> None:
+    recipe = write(tmp_path / "recipe.toml", CLASSIFICATION)
+    output = tmp_path / "out"
+    train(recipe, data, output, overrides={"run.epochs": 1})
+    checkpoint = output / "last.ckpt"
+    whole = checkpoint.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"hello"):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"last\.ckpt: damaged") as caught:
+            train(recipe, data, output, resume=True)
+        assert "\n" not in str(caught.value)
+    checkpoint.write_bytes(whole)
+    with pytest.raises(InputError, match="another recipe") as caught:
+        train(recipe, data, output, resume=True, overrides={"network.options": {"width": 8, "classes": 2}})
+    assert "\n" not in str(caught.value)
 
 
 def test_a_dense_classification_run_learns(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,9 +177,10 @@ def test_a_dense_classification_run_learns(tmp_path: Path, data: Path, capsys: p
     results = train(recipe, data, tmp_path / "out", overrides={"run.epochs": 8, "run.evaluate_every": 4})
     assert results["dense"]["test"] >= 90
     assert results["recipe"]["run"]["epochs"] == 8
-    lines = (tmp_path / "out" / "history.csv").read_text().splitlines()
-    assert len(lines) == 8
-    assert "test=" in lines[3]
+    rows = history(tmp_path / "out")
+    assert [row["epoch"] for row in rows] == [str(n) for n in range(1, 9)]
+    assert [bool(row["test"]) for row in rows] == [n % 4 == 0 for n in range(1, 9)]
+    assert all(float(row["loss"]) > 0 and float(row["seconds"]) > 0 for row in rows)
     assert "epoch 8" in capsys.readouterr().out, "plain lines where there is no terminal"
 
 
