@@ -334,7 +334,7 @@ def _read_base(entry: _Entry, payload: bytes, books: _Books) -> NDArray[Any] | L
 def _read_codes(entry: _Entry, payload: bytes, books: _Books) -> LayerQuantization:
     width, step = entry.fields["width"], entry.fields["step"]
     planes = np.frombuffer(payload, np.uint8).reshape(width, entry.count)
-    codes = np.ascontiguousarray(planes.T).view(f"<i{width}").astype(np.int32).reshape(entry.shape)
+    codes = np.ascontiguousarray(planes.T).view(f"<i{width}").astype(np.int32, copy=False).reshape(entry.shape)
     if (max(-int(codes.min()), int(codes.max())) + 1) * step > float(np.finfo(np.float32).max):
         raise _refuse(entry.name, "a value exceeds float32")
     codebook = None

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -104,18 +104,17 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
         InputError: the file is damaged, foreign, too new or too large.
     """
     contents = model_file.read(path)
-    model = model_file.unpack(contents)
-    onnx_graph.check(model, str(path))
+    onnx_graph.check(_declared(contents), str(path))
     sizes = contents.sizes
     assert sizes is not None  # decoded contents have them
     bases = {record.name: record.base for record in contents.records if not isinstance(record.base, Shared)}
-    uses = onnx_graph.layers(model)
+    operators = _operators(contents)
     layers, pruned, transformed = [], 0.0, 0
     for record in contents.records:
-        if record.name not in uses:
+        if record.name not in operators:
             continue
         base = bases[record.base.of] if isinstance(record.base, Shared) else record.base
-        layer = _layer(record, base, uses[record.name].op_type, contents, sizes.tensors[record.name])
+        layer = _layer(record, base, operators[record.name], contents, sizes.tensors[record.name])
         layers.append(layer)
         if layer.tile is not None and layer.winograd_sparsity is not None:
             count = record.shape[0] * record.shape[1] * (layer.tile + record.shape[2] - 1) ** 2
@@ -138,8 +137,30 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
     )
 
 
+def _declared(contents: Contents) -> ModelProto:
+    """The model with its stored tensors as inputs, which need no data: a small file can declare very large ones."""
+    model = ModelProto()
+    model.CopyFrom(contents.graph)
+    known = {value.name for value in model.graph.input}
+    for record in contents.records:
+        if record.name not in known:
+            base = record.base
+            kind = helper.np_dtype_to_tensor_dtype(base.dtype) if isinstance(base, np.ndarray) else TensorProto.FLOAT
+            model.graph.input.append(helper.make_tensor_value_info(record.name, kind, record.shape))
+    return model
+
+
+def _operators(contents: Contents) -> dict[str, str]:
+    """The operator that reads each weight of a convolution or dense layer, by the weight's name."""
+    model = ModelProto()
+    model.CopyFrom(contents.graph)
+    model.graph.initializer.extend(TensorProto(name=record.name) for record in contents.records)
+    return {name: node.op_type for name, node in onnx_graph.layers(model).items()}
+
+
 def _layer(record: Record, base: Any, operator: str, contents: Contents, size: int) -> LayerInfo:
     quantised = base if isinstance(base, LayerQuantization) else None
+    entropy = _entropy(quantised.codes) if quantised else None
     values = quantised.dequantize() if quantised else base
     threshold = contents.winograd.get(record.name)
     nonzeros = int(np.count_nonzero(values))
@@ -157,7 +178,7 @@ def _layer(record: Record, base: Any, operator: str, contents: Contents, size: i
         dithered=quantised is not None and quantised.dither_seed is not None,
         bytes=size,
         bits_per_weight=8 * size / values.size,
-        entropy=_entropy(quantised.codes) if quantised else None,
+        entropy=entropy,
     )
 
 

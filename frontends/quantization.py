@@ -63,13 +63,15 @@ class LayerQuantization:
     def dequantize(self) -> NDArray[np.float32]:
         """The weights, bit for bit the same everywhere."""
         if self.codebook is None:
-            values = self.codes.astype(np.float32) * np.float32(self.step)
+            values = self.codes.astype(np.float32)
+            values *= np.float32(self.step)
         else:
             _, members = np.unique(self.codes, return_inverse=True)
-            values = self.codebook[members.reshape(self.codes.shape)]
+            values = np.asarray(self.codebook[members.reshape(self.codes.shape)])
         if self.dither_seed is not None:
-            values = values - dither(self.dither_seed, self.codes.size, self.step).reshape(self.codes.shape)
-        return np.where(self.codes == 0, np.float32(0), values)
+            values -= dither(self.dither_seed, self.codes.size, self.step).reshape(self.codes.shape)
+        values[self.codes == 0] = 0
+        return values
 
 
 @dataclass(frozen=True)

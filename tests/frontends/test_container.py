@@ -380,6 +380,31 @@ def test_bombs_stay_within_bounded_memory(kind: str) -> None:
     assert int(megabytes) < 40
 
 
+_INSPECT = """
+import resource, sys
+from jointsparse.frontends import inspect
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(inspect(sys.argv[1]).parameters)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
+def test_inspecting_costs_little_more_than_what_is_declared(tmp_path: Path) -> None:
+    """A sound file of a few hundred bytes may stand for a hundred megabytes; many times that it must not take."""
+    path, side = tmp_path / "m.jsm", 5000
+    graph = model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": (1, side)}, {"w": floats(side, 1)})
+    del graph.graph.initializer[:]
+    graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value = side
+    codes = LayerQuantization(np.zeros((side, side), np.int32), 0.5)
+    path.write_bytes(encode(Contents(graph, (Record("w", (side, side), codes),))))
+    assert path.stat().st_size < 1000
+    done = subprocess.run([sys.executable, "-c", _INSPECT, path], capture_output=True, check=True)
+    parameters, megabytes = map(int, done.stdout.split())
+    assert parameters == side**2
+    assert megabytes < 2.5 * 4 * side**2 / 2**20
+
+
 def test_limits_hold_when_writing() -> None:
     graph = ModelProto()
     graph.graph.doc_string = "x" * (container.GRAPH_MOST + 1)
