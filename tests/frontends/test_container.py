@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from jointsparse.frontends import codec, container, model_file
+from jointsparse.frontends import codec, container, inspection, model_file
 from jointsparse.frontends.container import Contents, Record, Shared
 from jointsparse.frontends.container_decoder import decode
 from jointsparse.frontends.container_encoder import encode
@@ -390,19 +390,35 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
-def test_inspecting_costs_little_more_than_what_is_declared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threshold", [None, 0.0, (0.0,) * 8])
+def test_inspecting_costs_little_more_than_what_is_declared(tmp_path: Path, threshold: Any) -> None:
     """A sound file of a few hundred bytes may stand for a hundred megabytes; many times that it must not take."""
-    path, side = tmp_path / "m.jsm", 5000
-    graph = model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": (1, side)}, {"w": floats(side, 1)})
+    path, shape = tmp_path / "m.jsm", (8, 300_000, 3, 3)
+    conv = helper.make_node("Conv", ["x", "w"], ["y"])
+    graph = model([conv], {"x": (1, 300_000, 3, 3)}, {"w": np.zeros(shape, np.float32)})
     del graph.graph.initializer[:]
-    graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value = side
-    codes = LayerQuantization(np.zeros((side, side), np.int32), 0.5)
-    path.write_bytes(encode(Contents(graph, (Record("w", (side, side), codes),))))
+    codes = LayerQuantization(np.zeros(shape, np.int32), 0.5)
+    spec = {} if threshold is None else {"w": WinogradPruning(4, threshold, True)}
+    path.write_bytes(encode(Contents(graph, (Record("w", shape, codes),), spec)))
     assert path.stat().st_size < 1000
     done = subprocess.run([sys.executable, "-c", _INSPECT, path], capture_output=True, check=True)
     parameters, megabytes = map(int, done.stdout.split())
-    assert parameters == side**2
-    assert megabytes < 2.5 * 4 * side**2 / 2**20
+    assert parameters == codes.codes.size
+    assert megabytes < 3.5 * codes.codes.nbytes / 2**20
+
+
+def test_winograd_sparsity_in_pieces_is_that_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = floats(7, 5, 3, 3)
+    graph = model([helper.make_node("Conv", ["x", "w"], ["y"])], {"x": (1, 5, 6, 6)}, {"w": weight})
+    del graph.graph.initializer[:]
+    path = tmp_path / "m.jsm"
+    for threshold in (0.4, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)):
+        pruning = WinogradPruning(2, threshold, True)
+        path.write_bytes(encode(Contents(graph, (Record("w", weight.shape, weight),), {"w": pruning})))
+        for piece in (1, 3, 5, 12, 100):
+            monkeypatch.setattr(inspection, "_PIECE", piece)
+            layer = inspection.inspect(path).layers[0]
+            assert layer.winograd_sparsity == pytest.approx(pruning.sparsity(weight), rel=1e-12)
 
 
 def test_limits_hold_when_writing() -> None:
