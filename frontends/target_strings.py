@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,7 +51,7 @@ def parse_target(text: str) -> Target:
     """
     from tvm.target import Target
 
-    spec = Path(text).read_text() if Path(text).is_file() else text
+    spec = _spec(text)
     if not spec.strip():
         raise InputError("the target is empty: give one such as 'llvm -mcpu=cortex-a72 -mtriple=aarch64-linux-gnu'")
     _check(text, *_named(spec))
@@ -91,6 +92,16 @@ def find_compiler(target: Target, cross_compiler: str | None) -> str | None:
     if cc.get_cc() is None:
         raise InputError("no C++ compiler to link the library with: install g++ or clang++")
     return None
+
+
+def _spec(text: str) -> str:
+    # Path.is_file raises for a string longer than a file name may be, and many -mattr make one.
+    if not os.path.isfile(text):
+        return text
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"target file {text}: not readable as text; it must hold one JSON object") from error
 
 
 def _named(spec: str) -> tuple[str, str, str]:

@@ -45,6 +45,20 @@ def test_json_inline_and_in_a_file(tmp_path) -> None:
     assert str(parse_target(json.dumps(fields))) == str(parse_target(str(file))) == str(parse_target(ARM))
 
 
+def test_file_that_is_no_text(tmp_path) -> None:
+    file = tmp_path / "board.json"
+    file.write_bytes(b"\x7fELF\xff\xfe")
+    with pytest.raises(InputError, match=r"board\.json: not readable as text"):
+        parse_target(str(file))
+
+
+def test_longer_than_a_file_name() -> None:
+    features = ",".join(["+neon", "+fp-armv8"] * 40)
+    target = parse_target(f"{ARM} -mattr={features}")
+    assert len(str(target)) > 255
+    assert architecture(target) == "aarch64"
+
+
 def test_tag() -> None:
     assert architecture(parse_target("raspberry-pi/4b-aarch64")) == "aarch64"
 
