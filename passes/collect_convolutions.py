@@ -41,6 +41,7 @@ class CollectConvolutions:
         self.worklist.layers = [
             collector.layer(position, found) for position, found in enumerate(find_convolutions(mod))
         ]
+        self.worklist.warnings = []
         return mod
 
 
@@ -56,6 +57,7 @@ class _Collector:
         layer = Layer(
             name=self._unique(_name(call, weight) or f"{found.op.split('.')[-1]}_{position}"),
             op=found.op,
+            call=call,
             input_shape=_shape(call.args[0]),
             weight_shape=_weight_shape(found),
             output_shape=_shape(call),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from tvm import relay
 
 from ..schedules.geometry import ConvGeometry
 from ..schedules.winograd_pruning import WinogradPruning
@@ -54,6 +55,7 @@ class Layer:
 
     Attributes:
         name, op: as in LayerPlan.
+        call: the convolution itself, by which RewriteConvolutions knows it again (CollectConvolutions).
         input_shape, weight_shape, output_shape: where they are static.
         geometry, weight: None only where ``left_alone`` is set.
         spatial_sparsity: share of zero weights, where there are weights at hand.
@@ -67,6 +69,7 @@ class Layer:
 
     name: str
     op: str
+    call: relay.Call | None = field(default=None, repr=False, compare=False)
     input_shape: tuple[int, ...] | None = None
     weight_shape: tuple[int, ...] | None = None
     output_shape: tuple[int, ...] | None = None
@@ -136,7 +139,7 @@ class Worklist:
     """The convolutions of one module, handed from pass to pass.
 
     Attributes:
-        layers: in the order of ``find_convolutions``, by which RewriteConvolutions finds them again.
+        layers: in the order of ``find_convolutions``.
         warnings: lines for the user.
     """
 

@@ -21,7 +21,7 @@ class RewriteConvolutions:
         target: what the module will be built for.
 
     Raises:
-        ValueError: when the module has other convolutions than the worklist.
+        ValueError: when the module's convolutions are not the very ones of the worklist.
     """
 
     def __init__(self, worklist: Worklist, target: tvm.target.Target) -> None:
@@ -30,7 +30,9 @@ class RewriteConvolutions:
 
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         found, layers = find_convolutions(mod), self.worklist.layers
-        if [convolution.op for convolution in found] != [layer.op for layer in layers]:
+        if len(found) != len(layers) or not all(
+            convolution.call.same_as(layer.call) for convolution, layer in zip(found, layers, strict=True)
+        ):
             raise ValueError("RewriteConvolutions: the worklist is of another module; run CollectConvolutions first")
         chosen = {
             convolution.call: layer

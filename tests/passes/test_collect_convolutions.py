@@ -150,3 +150,12 @@ def test_convolutions_in_nested_and_other_functions_are_listed_and_left_alone():
     assert in_main.left_alone is None
     assert in_zz.left_alone == "in function @zz: only @main is rewritten"
     assert in_external.left_alone == "function @external is compiled by dnnl"
+
+
+def test_the_worklist_is_emptied_first():
+    mod = module(relay.nn.conv2d(image(), weight_of(6, 4, 3, 3)))
+    worklist = Worklist(warnings=["of another module"])
+    for _ in range(2):
+        CollectConvolutions(worklist, {}, tvm.target.Target(HOST))(mod)
+        assert len(worklist.layers) == 1
+        assert worklist.warnings == []

@@ -52,11 +52,18 @@ def test_nothing_chosen_hands_the_module_back():
     assert RewriteConvolutions(worklist, TARGET)(mod).same_as(mod)
 
 
-def test_a_worklist_of_another_module_is_refused():
+@pytest.mark.parametrize(
+    "other",
+    [lambda x: convolution(convolution(x)), convolution, lambda x: x],
+    ids=["more operators", "equal operators, other weights", "no operator"],
+)
+def test_a_worklist_of_another_module_is_refused(other):
     x = relay.var("x", shape=(1, 4, 8, 8))
     worklist, _ = collected(tvm.IRModule.from_expr(convolution(x)))
+    worklist.layers[0].kernel = "direct"
+    _, mod = collected(tvm.IRModule.from_expr(relay.Function([x], other(x))))
     with pytest.raises(ValueError, match="another module"):
-        RewriteConvolutions(worklist, TARGET)(tvm.IRModule.from_expr(convolution(convolution(x))))
+        RewriteConvolutions(worklist, TARGET)(mod)
 
 
 def test_depth_is_no_limit():
