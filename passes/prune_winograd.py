@@ -16,7 +16,8 @@ class PruneWinograd:
 
     A layer named in the module attribute is computed with the tile size given there only: tile size and threshold
     belong together. Other layers may use every tile size; by ``sparsity`` their smallest weights are pruned, with one
-    threshold for all layers together (for each tile size, as magnitudes of two tile sizes do not compare).
+    threshold for all layers together (for each tile size, as magnitudes of two tile sizes do not compare). Where equal
+    magnitudes leave no such threshold, that tile size is not supported.
 
     Args:
         worklist: as CollectConvolutions left it.
@@ -92,7 +93,13 @@ class PruneWinograd:
                 continue
             # Single precision halves the memory, which for VGG-16 is hundreds of megabytes.
             values = [magnitudes(weight, tile, self.weighted).astype(np.float32).ravel() for weight in weights]
-            threshold = separating_threshold(np.concatenate(values), self.sparsity)
+            try:
+                threshold = separating_threshold(np.concatenate(values), self.sparsity)
+            except ValueError as error:
+                for layer in layers:
+                    del layer.pruning[kernel]
+                    layer.unsupported[kernel] = str(error)
+                continue
             for layer in layers:
                 layer.pruning[kernel] = WinogradPruning(tile, threshold, self.weighted)
 

@@ -110,6 +110,21 @@ def test_sparsity_counts_what_the_convolution_multiplies_by(shape):
     np.testing.assert_allclose(layer.sparse_weight("winograd_f4"), np.where(kept, dense, 0), rtol=1e-5, atol=1e-9)
 
 
+def test_equal_magnitudes_leave_no_winograd_kernel_but_the_others():
+    """Filters of one weight in the middle: raw magnitudes of F(2x2) are all equal, those of F(4x4) are not."""
+    value = np.zeros((4, 4, 3, 3), "float32")
+    value[:, :, 1, 1] = 1
+    x = relay.var("x", shape=(1, 4, 12, 12))
+    mod = tvm.IRModule.from_expr(relay.nn.conv2d(x, relay.const(value)))
+    dense = transform(2, 3).filters(value)
+    assert len(np.unique(np.abs(dense[dense != 0]))) == 1
+    layer = prune(mod, 0.8, weighted=False)[0].layers[0]
+    assert layer.pruning.keys() == {"winograd_f4"}
+    assert "too many magnitudes are equal" in layer.unsupported["winograd_f2"]
+    assert layer.left_alone is None
+    assert "direct" not in layer.unsupported
+
+
 def test_a_tile_asked_for_is_the_only_one():
     layer = prune(module(), tile=2)[0].layers[0]
     assert layer.pruning.keys() == {"winograd_f2"}
