@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tvm import relay, te
 from tvm.relay.op import op as relay_op
 
-from . import llvm_workaround, x86
+from . import cpu, llvm_workaround
 from .blocking import WinogradBlocking, direct_blocking, direct_panel, winograd_blocking
 from .formats import SparseRows, pack_direct, pack_winograd
 from .geometry import ConvGeometry
@@ -164,7 +164,7 @@ def _compute_direct(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tv
 
 
 def _schedule_direct(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
-    return x86.schedule_direct(outs, _direct_layout(attrs), target)
+    return cpu.schedule_direct(outs, _direct_layout(attrs), target)
 
 
 def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
@@ -174,7 +174,7 @@ def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: 
 
 
 def _schedule_winograd(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
-    return x86.schedule_winograd(outs, _winograd_blocking(attrs, target).layout, int(attrs["tile"]), target)
+    return cpu.schedule_winograd(outs, _winograd_blocking(attrs, target).layout, int(attrs["tile"]), target)
 
 
 def _register(name: str, description: str, compute: Any, schedule: Any) -> None:

@@ -1,6 +1,6 @@
 """CPU schedules of the two kernels: what is blocked, vectorised, unrolled and run in parallel.
 
-Despite the name nothing here is particular to x86: vector length, registers and caches come from targets.py.
+Vector length, registers and caches come from targets.py.
 """
 
 from __future__ import annotations
