@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import tvm
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tvm import relay
 from tvm.contrib import graph_executor
@@ -16,6 +16,8 @@ from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd
 from jointsparse.schedules.winograd import transform
 from tests import reference
+
+T = TypeVar("T")
 
 TOLERANCE = {0: 1e-5, 2: 1e-5, 4: 5e-5}
 """Relative root mean square error by tile size; 0 is direct."""
@@ -89,42 +91,42 @@ class Case:
     seed: int
 
 
-@st.composite
-def direct_cases(draw: st.DrawFn) -> Case:
-    kernel = draw(st.sampled_from([(1, 1), (3, 3), (5, 5), (9, 9), (7, 7), (1, 3), (3, 1), (2, 5), (4, 2)]))
-    strides = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
-    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (1, 3), (3, 2)]))
-    padding = draw(st.tuples(*[st.integers(0, 5)] * 4))
-    geometry = _geometry(draw, kernel, strides, padding, dilation)
-    return _case(draw, geometry, 0)
+def direct_case(rng: np.random.Generator, large: bool = False) -> Case:
+    """Any direct convolution; a large one has enough input to be computed in blocks."""
+    kernels = [(1, 1), (3, 3), (5, 5), (9, 9), (7, 7), (1, 3), (3, 1), (2, 5), (4, 2)]
+    strides = (_between(rng, 1, 4), _between(rng, 1, 4))
+    dilation = _one_of(rng, [(1, 1), (1, 1), (2, 2), (1, 3), (3, 2)])
+    return _case(rng, _geometry(rng, _one_of(rng, kernels), strides, dilation, large), 0)
 
 
-@st.composite
-def winograd_cases(draw: st.DrawFn) -> Case:
-    size = draw(st.sampled_from([3, 5]))
-    padding = draw(st.tuples(*[st.integers(0, 5)] * 4))
-    geometry = _geometry(draw, (size, size), (1, 1), padding, (1, 1))
-    return _case(draw, geometry, draw(st.sampled_from([2, 4])))
+def winograd_case(rng: np.random.Generator, large: bool = False) -> Case:
+    """Any Winograd convolution; a large one has enough tiles to be computed in blocks."""
+    size = _one_of(rng, [3, 5])
+    return _case(rng, _geometry(rng, (size, size), (1, 1), (1, 1), large), _one_of(rng, [2, 4]))
 
 
 def _geometry(
-    draw: st.DrawFn,
+    rng: np.random.Generator,
     kernel: tuple[int, int],
     strides: tuple[int, int],
-    padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
+    large: bool,
 ) -> ConvGeometry:
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    sizes = []
-    for i in range(2):
-        window = dilation[i] * (kernel[i] - 1) + 1 - padding[i] - padding[i + 2]
-        sizes.append(draw(st.integers(max(1, window), max(1, window) + draw(st.sampled_from([3, 17, 40])))))
+    padding = (_between(rng, 0, 5), _between(rng, 0, 5), _between(rng, 0, 5), _between(rng, 0, 5))
+    groups = _one_of(rng, [1, 1, 1, 2, 3])
+    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - padding[i] - padding[i + 2]) for i in range(2)]
+    if large:
+        sizes = [size + _between(rng, 50, 100) for size in least]
+        in_channels = _between(rng, 12, 30)
+    else:
+        sizes = [size + _between(rng, 0, _one_of(rng, [3, 17, 40])) for size in least]
+        in_channels = _between(rng, 1, 7)
     return ConvGeometry(
-        batch=draw(st.sampled_from([1, 1, 2, 3])),
-        in_channels=groups * draw(st.integers(1, 7)),
+        batch=_one_of(rng, [1, 1, 2, 3]),
+        in_channels=groups * (-(-in_channels // groups) if large else in_channels),
         in_height=sizes[0],
         in_width=sizes[1],
-        out_channels=groups * draw(st.integers(1, 7)),
+        out_channels=groups * _between(rng, 1, 7),
         kernel=kernel,
         strides=strides,
         padding=padding,
@@ -133,15 +135,23 @@ def _geometry(
     )
 
 
-def _case(draw: st.DrawFn, geometry: ConvGeometry, tile: int) -> Case:
+def _case(rng: np.random.Generator, geometry: ConvGeometry, tile: int) -> Case:
     return Case(
         geometry=geometry,
         tile=tile,
-        sparsity=draw(st.sampled_from([0.0, 0.5, 0.8, 0.95, 1.0])),
-        empty_filters=draw(st.booleans()),
-        epilogue=draw(st.sampled_from(EPILOGUES)),
-        seed=draw(st.integers(0, 2**16)),
+        sparsity=_one_of(rng, [*[0.0, 0.5, 0.8, 0.9, 0.95] * 4, 1.0]),
+        empty_filters=_one_of(rng, [False, False, True]),
+        epilogue=_one_of(rng, EPILOGUES),
+        seed=_between(rng, 0, 2**16),
     )
+
+
+def _between(rng: np.random.Generator, least: int, most: int) -> int:
+    return int(rng.integers(least, most + 1))
+
+
+def _one_of(rng: np.random.Generator, options: Sequence[T]) -> T:
+    return options[_between(rng, 0, len(options) - 1)]
 
 
 def weights_of(case: Case) -> NDArray[np.float32]:
