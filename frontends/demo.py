@@ -24,6 +24,7 @@ from .compiling import compile_model
 from .errors import InputError
 from .outputs import replacing
 from .running import package_inputs, run_package
+from .state_dicts import load_weights
 from .target_strings import host_target
 
 if TYPE_CHECKING:
@@ -251,12 +252,10 @@ def _has_bfloat16() -> bool:
 
 
 def _dense_network() -> nn.Module:
-    from safetensors.torch import load_file
-
     from .networks import build
 
     model = build("ct-srcnn")
-    model.load_state_dict(load_file(shipped.weights("ct_srcnn_x3")))
+    load_weights(model, shipped.weights("ct_srcnn_x3"))
     return model.eval()
 
 

@@ -19,13 +19,13 @@ __all__ = ["CTSRCNN", "NETWORKS", "VDSR", "CifarResNet", "ResNet18", "build"]
 
 
 class CTSRCNN(nn.Module):
-    """The nine-layer super-resolution network of the joint-sparsity paper: 9x9x64, 5x5x32, six 3x3x32, 5x5x1.
+    """CT-SRCNN, nine layers for super-resolution: 9x9x64, 5x5x32, six 3x3x32, 5x5x1.
 
     112,480 weights. With ``residual`` the last layer predicts the difference to the input, as VDSR does, which makes
     training a matter of minutes; the convolutions are the same.
 
     Reference: Ren, El-Khamy, Lee, "CT-SRCNN: cascade trained and trimmed deep convolutional neural networks for image
-    super resolution", and Choi, El-Khamy, Lee, arXiv 1805.08303.
+    super resolution"; compressed in Choi, El-Khamy, Lee, arXiv 1805.08303. The layers' sizes are this project's choice.
     """
 
     KERNELS = (9, 5, 3, 3, 3, 3, 3, 3, 5)
@@ -164,8 +164,8 @@ class _Block18(nn.Module):
 class ResNet18(nn.Module):
     """ResNet-18 with the ImageNet stem (7x7 stride 2, max pooling) or the CIFAR stem (3x3 stride 1).
 
-    ``pool``: each stride-2 3x3 convolution becomes stride 1 followed by max pooling, as the joint-sparsity paper does,
-    so that Winograd convolution reaches it. The 1x1 shortcuts keep their stride.
+    ``pool``: each stride-2 3x3 convolution becomes stride 1 followed by max pooling, so that Winograd convolution
+    reaches it. The 1x1 shortcuts keep their stride.
     """
 
     layer1: nn.Sequential
@@ -226,10 +226,12 @@ def build(name: str, **options: Any) -> nn.Module:
     """Make the network ``name`` of NETWORKS with its options.
 
     Raises:
-        InputError: for an unknown name or option.
+        InputError: for an unknown name or option, or a value that it cannot have.
     """
     if name not in NETWORKS:
         raise InputError(f'unknown network "{name}"; choose one of {", ".join(NETWORKS)}')
+    if small := [key for key, value in options.items() if type(value) is int and value < 1]:
+        raise InputError(f'network "{name}": {small[0]} is {options[small[0]]}; it must be at least 1')
     try:
         return NETWORKS[name](**options)
     except TypeError as error:

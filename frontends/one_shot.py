@@ -6,6 +6,7 @@ What it cannot do is win the accuracy back: for high sparsity in both domains tr
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from ..schedules import winograd_pruning
-from ..schedules.winograd import TILES
 from . import model_file, onnx_graph, winograd_spec
 from .errors import InputError
-from .quantization import LayerQuantization, quantize_array
+from .quantization import LayerQuantization, largest_code, layer_seed, quantize_array
+from .ranges import check_quantiser, check_sparsity, check_tile
+from .state_dicts import SUFFIXES, load_weights
 
 PathLike = str | os.PathLike[str]
 
@@ -37,6 +39,7 @@ def compress(
     tile: int = 4,
     weighted: bool = True,
     network: str | None = None,
+    network_options: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Compress a model into a ``.jsm`` file.
@@ -52,18 +55,20 @@ def compress(
         step: of the quantiser, one for all layers, in units of the weights; 0 keeps the weights exact.
         bits: a step for each layer, such that its largest weight takes the largest code of so many bits (2 to 16).
             Give ``step`` or ``bits``; without either, 8 bits.
-        dither: dithered quantisation, from ``seed`` (0 to 2^31 - 1).
+        dither: dithered quantisation, from ``seed`` (0 to 2^32 - 1).
         tile: Winograd output tile size. weighted: magnitudes weighted by ``Transform.importance``.
         network: name of one of the project's networks (``networks.NETWORKS``), for weights alone.
+        network_options: of ``networks.build``, such as ``{"classes": 10}``.
         input_shape: for a model with open axes, or a network; by default 1 x C x 32 x 32, C as the network has it.
 
     Raises:
         InputError: a file that cannot be read, is not what it should be, or contradicts the options.
     """
-    _check_options(spatial_sparsity, winograd_sparsity, step, bits, seed)
-    if tile not in TILES:
-        raise InputError(f"tile {tile}: choose one of {', '.join(map(str, TILES))}")
-    model, name = _model(source, network, input_shape)
+    check_sparsity(spatial_sparsity, "spatial")
+    check_sparsity(winograd_sparsity, "Winograd")
+    check_quantiser(step, bits, seed)
+    check_tile(tile)
+    model, name = _model(source, network, network_options or {}, input_shape)
     onnx_graph.tidy(model, name)
     weights = _weights(model)
     if not weights:
@@ -99,43 +104,29 @@ def prune(weights: dict[str, NDArray[np.float32]], sparsity: float) -> None:
         weights[key] = np.where(np.abs(value).astype(np.float64) <= threshold, np.float32(0), value)
 
 
-def _check_options(
-    spatial_sparsity: float, winograd_sparsity: float, step: float | None, bits: int | None, seed: int
-) -> None:
-    for label, share in (("spatial", spatial_sparsity), ("Winograd", winograd_sparsity)):
-        if not 0 <= share < 1:
-            raise InputError(f"{label} sparsity {share}: choose a share from 0 to below 1")
-    if step is not None and bits is not None:
-        raise InputError("step and bits contradict each other; give one of them")
-    if step is not None and not 0 <= step < np.inf:
-        raise InputError(f"quantisation step {step}: choose a number above 0, or 0 for exact weights")
-    if bits is not None and not 2 <= bits <= 16:
-        raise InputError(f"{bits} bits: choose 2 to 16")
-    if not 0 <= seed < 2**31:
-        raise InputError(f"seed {seed}: choose 0 to 2^31 - 1")
-
-
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
-def _model(source: PathLike | ModelProto, network: str | None, input_shape: Any) -> tuple[ModelProto, str]:
+def _model(
+    source: PathLike | ModelProto, network: str | None, options: Mapping[str, Any], input_shape: Any
+) -> tuple[ModelProto, str]:
     """The model as ONNX with fixed shapes."""
     suffix = ".onnx" if isinstance(source, ModelProto) else Path(source).suffix.lower()
     if suffix == ".onnx":
         model, name = onnx_graph.read(source)
-    elif isinstance(source, ModelProto) or suffix not in (".safetensors", ".pt", ".pth", ".ckpt"):
+    elif isinstance(source, ModelProto) or suffix not in SUFFIXES:
         # torch.export.load and torch.jit.load are not on offer: a stranger's file can make the first run any code.
         raise InputError(f"{source}: unknown kind of file; give .onnx, .safetensors or .pt (weights alone)")
     else:
         if not Path(source).is_file():
             raise InputError(f"{source}: there is no such file; check the path")
         name = str(source)
-        model = _from_weights(Path(source), network, input_shape)
+        model = _from_weights(Path(source), network, options, input_shape)
     onnx_graph.fix_input_shapes(model, model_file.input_shapes(model, input_shape, name), name)
     return model, name
 
 
-def _from_weights(path: Path, network: str | None, input_shape: Any) -> ModelProto:
+def _from_weights(path: Path, network: str | None, options: Mapping[str, Any], input_shape: Any) -> ModelProto:
     """Weights alone: put into one of the project's networks."""
     torch = _torch(path)
     from . import exporting
@@ -146,39 +137,14 @@ def _from_weights(path: Path, network: str | None, input_shape: Any) -> ModelPro
             f"{path}: holds weights but no network; name one of {', '.join(sorted(NETWORKS))}, "
             "or export the whole model to ONNX"
         )
-    module = build(network)
-    state = _state(path)
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())
-        raise InputError(f"{path}: not the weights of {network}: {problem[:300]}") from None
+    module = build(network, **options)
+    load_weights(module, path)
     if input_shape is None:
         first = next(part for part in module.modules() if isinstance(part, torch.nn.Conv2d))
         input_shape = (1, first.in_channels, 32, 32)
     if isinstance(input_shape, dict):
         raise InputError(f"{path}: {network} has one input; give its shape alone")
     return exporting.export(module, torch.zeros(tuple(input_shape)))
-
-
-def _state(path: Path) -> dict[str, Any]:
-    """A state dict; a pickle may hold tensors only, so that a stranger's file cannot run code."""
-    import torch
-
-    try:
-        if path.suffix.lower() == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # Not a zip, not a pickle, or a pickle of more than tensors: each raises an error of its own.
-    except Exception as error:
-        raise InputError(f"{path}: not a file of weights alone: {onnx_graph.first_line(error)}") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"{path}: holds no state dict; save model.state_dict(), or export the model to ONNX")
-    return state
 
 
 def _torch(path: Path) -> Any:
@@ -207,9 +173,8 @@ def _quantise(
     found = {}
     for index, (key, value) in enumerate(weights.items()):
         largest = float(np.abs(value).max()) or 1.0
-        own = largest / (2 ** ((bits or DEFAULT_BITS) - 1) - 1) if step is None else step
-        # Every layer has a stream of its own, as quantize_ gives it.
-        found[key] = quantize_array(value, own, None if seed is None else (index << 32) | seed)
+        own = largest / largest_code(bits or DEFAULT_BITS) if step is None else step
+        found[key] = quantize_array(value, own, None if seed is None else layer_seed(seed, index))
     return found
 
 

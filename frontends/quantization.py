@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .ranges import check_quantiser
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +28,8 @@ __all__ = [
     "LayerQuantization",
     "Quantization",
     "dither",
+    "largest_code",
+    "layer_seed",
     "quantize_",
     "quantize_array",
     "step_for_bits",
@@ -118,14 +121,33 @@ def quantize_array(weight: NDArray[np.floating], step: float, dither_seed: int |
     return LayerQuantization(codes.astype(np.int32), step, dither_seed)
 
 
+def largest_code(bits: int) -> int:
+    """Of ``bits`` bits, sign included.
+
+    Raises:
+        InputError: ``bits`` is outside 2 to 16.
+    """
+    check_quantiser(None, bits)
+    return 2 ** (bits - 1) - 1
+
+
+def layer_seed(seed: int, index: int) -> int:
+    """Of the dither of layer number ``index``: every layer has a stream of its own.
+
+    Raises:
+        InputError: ``seed`` is outside 0 to 2^32 - 1.
+    """
+    check_quantiser(None, None, seed)
+    return (index << 32) | seed
+
+
 def step_for_bits(model: nn.Module, bits: int) -> float:
-    """The step at which the largest weight of the model gets the largest code of ``bits`` bits, sign included."""
-    if not 2 <= bits <= 16:
-        raise InputError(f"{bits} bits: choose 2 to 16")
+    """The step at which the largest weight of the model gets the largest code of ``bits`` bits (2 to 16)."""
+    most = largest_code(bits)
     largest = max((float(m.weight.detach().abs().max()) for m in _layers(model).values()), default=0.0)
     if not largest > 0:
         raise InputError("the model has no non-zero weight to quantise")
-    return largest / (2 ** (bits - 1) - 1)
+    return largest / most
 
 
 def quantize_(model: nn.Module, step: float, dither: bool = False, seed: int = 0) -> Quantization:
@@ -140,12 +162,11 @@ def quantize_(model: nn.Module, step: float, dither: bool = False, seed: int = 0
     Raises:
         InputError: for a bad step or seed, a model without such layers, or weights that are parametrised.
     """
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed {seed}: choose 0 to 2^32 - 1")
+    check_quantiser(None, None, seed)
     layers = {}
     for index, (name, module) in enumerate(_layers(model).items()):
         weight = module.weight.detach().float().cpu().numpy()
-        layers[name] = quantize_array(weight, step, (index << 32) | seed if dither else None)
+        layers[name] = quantize_array(weight, step, layer_seed(seed, index) if dither else None)
     if not layers:
         raise InputError("the model has no convolution or linear layer to quantise")
     quantization = Quantization(float(np.float32(step)), layers)

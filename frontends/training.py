@@ -34,9 +34,10 @@ from .joint_sparsity import JointSparsity
 from .networks import build
 from .outputs import replacing
 from .recipe import Recipe, SparsityTable, read_recipe
+from .state_dicts import load_weights
 from .winograd_inference import winograd_pruned
 
-__all__ = ["load_weights", "train"]
+__all__ = ["train"]
 
 Metrics = dict[str, float]
 
@@ -57,7 +58,8 @@ def train(
         recipe: a TOML file, see ``recipe.Recipe``. data: the folder or archive that the recipe's names lie in.
         output: folder for the results, made where missing.
         resume: go on from ``output/last.ckpt`` if there is one.
-        weights: a safetensors state dict to start from; required where the recipe says ``pretrained = true``.
+        weights: to start from, as ``state_dicts.load_weights`` reads them; required where the recipe says
+            ``pretrained = true``.
         overrides: recipe values to change, ``{"sparsity.spatial": 0}``.
         processes: how many processes share every batch (DDP).
 
@@ -104,28 +106,6 @@ def train(
     _save_weights(model, output / "model.safetensors")
     _write_json(results, output / "results.json")
     return results
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors state dict into ``model``, strictly.
-
-    Raises:
-        InputError: where the file cannot be read or does not fit.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    # Files made without BatchNorm's batch counters are common; nothing depends on them.
-    counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
-    try:
-        model.load_state_dict({**counters, **state})
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: does not fit the network ({detail})") from error
 
 
 # --- tasks: what differs between super-resolution and classification -------------------------------------------------

@@ -88,6 +88,9 @@ def test_keys_of_the_published_weights() -> None:
         ("vgg", {}, "unknown network"),
         ("vdsr", {"height": 3}, "height"),
         ("resnet18", {"stem": "tiny"}, "stem"),
+        ("resnet18", {"classes": "ten"}, "resnet18"),
+        ("vdsr", {"depth": 0}, "depth is 0"),
+        ("ct-srcnn", {"residual": -1}, "residual is -1"),
     ],
 )
 def test_bad_requests_are_refused(name: str, options: dict, words: str) -> None:

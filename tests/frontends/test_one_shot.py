@@ -147,6 +147,19 @@ def test_weights_of_a_named_network(tmp_path: Path, path: Path, kind: str) -> No
     np.testing.assert_allclose(run(model_file.read_model(path), x.numpy())[0], expected, rtol=1e-3, atol=1e-4)
 
 
+def test_weights_of_a_network_with_options(tmp_path: Path, path: Path) -> None:
+    module = build("resnet20", width=4, classes=3).eval()
+    save_file(module.state_dict(), tmp_path / "w.safetensors")
+    options = {"width": 4, "classes": 3}
+    frontends.compress(tmp_path / "w.safetensors", path, step=0, network="resnet20", network_options=options)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = module(x).numpy()
+    np.testing.assert_allclose(run(model_file.read_model(path), x.numpy())[0], expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(InputError, match="height"):
+        frontends.compress(tmp_path / "w.safetensors", path, network="resnet20", network_options={"height": 4})
+
+
 class _Evil:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -178,6 +191,7 @@ def test_pickles_are_not_run(tmp_path: Path, path: Path) -> None:
         ({"bits": 40}, "40 bits"),
         ({"winograd_sparsity": 0.5, "tile": 6}, "tile 6"),
         ({"seed": -1, "dither": True}, "seed -1"),
+        ({"seed": 2**32, "dither": True}, "seed 4294967296"),
         ({"input_shape": (1, 3, 12, 12)}, "axis 1"),
     ],
 )
@@ -193,7 +207,7 @@ def test_bad_sources_are_refused(tmp_path: Path, path: Path) -> None:
     (tmp_path / "m.pt2").write_bytes(b"")
     cases = [
         ("w.safetensors", None, "holds weights but no network; name one of"),
-        ("w.safetensors", "resnet20", "not the weights of resnet20"),
+        ("w.safetensors", "resnet20", "does not fit the network"),
         ("w.safetensors", "nonesuch", "unknown network"),
         ("broken.safetensors", "vdsr", "weights alone"),
         ("m.pt2", None, "unknown kind of file"),

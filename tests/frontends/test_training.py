@@ -19,7 +19,7 @@ from jointsparse.frontends import training
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.networks import build
 from jointsparse.frontends.recipe import read_recipe
-from jointsparse.frontends.training import load_weights, train
+from jointsparse.frontends.training import train
 
 SUPER_RESOLUTION = """
 [run]
@@ -245,19 +245,6 @@ def test_bad_overrides_are_refused(tmp_path: Path) -> None:
             read_recipe(recipe, {name: 1})
     with pytest.raises(InputError, match="cannot read"):
         read_recipe(tmp_path / "nowhere.toml")
-
-
-def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    model = build("vdsr", depth=3, width=8)
-    save_file({"conv0.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="does not fit") as caught:
-        load_weights(model, tmp_path / "other.safetensors")
-    assert "\n" not in str(caught.value)
-    (tmp_path / "broken.safetensors").write_bytes(b"1234567890")
-    with pytest.raises(InputError, match="not a readable"):
-        load_weights(model, tmp_path / "broken.safetensors")
-    with pytest.raises(InputError, match="not a readable"):
-        load_weights(model, tmp_path / "missing.safetensors")
 
 
 def test_a_removed_output_folder_is_made_anew(tmp_path: Path, data: Path) -> None:
