@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import platform
+import warnings
 
 import tvm
 from tvm._ffi.base import _LIB
@@ -21,6 +23,7 @@ _TVM_VERSION = "0.19.0"
 # Seen with 21 and 22. LLVM 19 brought the debug records that the message speaks of; before it, nothing is touched.
 _FIRST_BAD_LLVM = 19
 _RETURN = {"x86_64": b"\xc3", "aarch64": b"\xc0\x03\x5f\xd6", "arm64": b"\xc0\x03\x5f\xd6"}
+_MAP_FIXED = 0x10  # Linux, on every processor of _RETURN; the module mmap does not name it
 _applied = False
 
 
@@ -34,12 +37,19 @@ def needed() -> bool:
 def apply() -> bool:
     """Disarm the function in this process, once; True if it is disarmed.
 
-    False, with nothing changed, when it is not needed, when the library does not export the function, on a processor
-    that is not known here, or when the system forbids changing code.
+    False, with nothing changed, when it is not needed. Also, with a warning, when the library does not export the
+    function, on a processor that is not known here, and when the system is not Linux or forbids changing code.
     """
     global _applied
-    if not _applied:
-        _applied = needed() and _return_at_once(_SYMBOL)
+    if not _applied and needed():
+        _applied = _return_at_once(_SYMBOL)
+        if not _applied:
+            warnings.warn(
+                "TVM's debug information could not be switched off in this process: where a kernel fails to compile "
+                "with 'location of #dbg_declare must be a pointer or int', use TVM with LLVM 18 or older",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return _applied
 
 
@@ -55,12 +65,24 @@ def _return_at_once(symbol: str) -> bool:
 
 
 def _write_code(address: int, code: bytes) -> bool:
-    libc = ctypes.PyDLL(None)  # keeps the interpreter lock: no other Python thread compiles meanwhile
+    """Put a changed copy of the pages in the place of the pages.
+
+    The system swaps them in one step or refuses, so that the code stays executable throughout, and no page is ever
+    writable and executable: that is forbidden under systemd's MemoryDenyWriteExecute and PR_SET_MDWE.
+    """
     start = address - address % mmap.PAGESIZE
     end = -(-(address + len(code)) // mmap.PAGESIZE) * mmap.PAGESIZE
-    pages = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
-    # Never writable and executable at once; making pages executable again is also what renews the instruction cache.
-    if libc.mprotect(*pages, mmap.PROT_READ | mmap.PROT_WRITE) != 0:
+    pages = bytearray(ctypes.string_at(start, end - start))
+    pages[address - start : address - start + len(code)] = code
+    try:
+        copy = os.fdopen(os.memfd_create("jointsparse"), "wb")
+    except (AttributeError, OSError):  # AttributeError: not Linux
         return False
-    ctypes.memmove(address, code, len(code))
-    return libc.mprotect(*pages, mmap.PROT_READ | mmap.PROT_EXEC) == 0
+    map_pages = ctypes.CDLL(None).mmap
+    map_pages.restype = ctypes.c_void_p
+    map_pages.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    with copy:
+        copy.write(pages)
+        copy.flush()
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED
+        return map_pages(start, len(pages), mmap.PROT_READ | mmap.PROT_EXEC, flags, copy.fileno(), 0) == start

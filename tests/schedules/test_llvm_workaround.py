@@ -69,14 +69,66 @@ def test_twice_is_once(tmp_path) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_code_pages_are_executable_and_not_writable_afterwards(tmp_path) -> None:
     program = CHECKED + (
-        "maps = [line.split() for line in open('/proc/self/maps') if 'libtvm.so' in line]\n"
+        "maps = [line.split() for line in open('/proc/self/maps') if 'libtvm.so' in line or 'jointsparse' in line]\n"
         "assert maps and not any('w' in line[1] and 'x' in line[1] for line in maps), maps\n"
         "import ctypes\n"
         "from tvm._ffi.base import _LIB\n"
         "at = ctypes.cast(getattr(_LIB, llvm_workaround._SYMBOL), ctypes.c_void_p).value\n"
         "[page] = [l for l in maps if int(l[0].split('-')[0], 16) <= at < int(l[0].split('-')[1], 16)]\n"
-        "assert page[1].startswith('r-x'), page\n"
+        "assert page[1].startswith('r-x') and 'memfd' in page[5], page\n"
     )
+    result = run(tmp_path, program)
+    assert result.returncode == 0, result.stderr
+
+
+# What systemd's MemoryDenyWriteExecute=yes asks for a service; kernels before 6.3 do not know it.
+DENIED = """
+import ctypes, sys
+PR_SET_MDWE, REFUSE_EXEC_GAIN = 65, 1
+if ctypes.CDLL(None).prctl(PR_SET_MDWE, REFUSE_EXEC_GAIN, 0, 0, 0) != 0:
+    sys.exit(77)
+"""
+
+# No just-in-time compilation: LLVM's own is what such a process may not do.
+AS_A_FILE = PROGRAM.replace(
+    'library = tvm.build(lets, target="llvm")\n',
+    "import os, tempfile\n"
+    "path = os.path.join(tempfile.mkdtemp(), 'lets.so')\n"
+    "tvm.build(lets, target='llvm').export_library(path)\n"
+    "library = tvm.runtime.load_module(path)\n",
+)
+
+
+@needed
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a Linux system call")
+def test_where_pages_written_may_never_be_executed(tmp_path) -> None:
+    result = run(tmp_path, DENIED + "import jointsparse.schedules.operators\n" + CHECKED + AS_A_FILE)
+    if result.returncode == 77:
+        pytest.skip("this kernel cannot deny it")
+    assert result.returncode == 0, result.stderr
+
+
+@needed
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="without it there is no copy that could fail")
+def test_where_the_copy_fails_nothing_is_changed_and_a_line_says_so(tmp_path) -> None:
+    program = """
+import resource, warnings
+import numpy as np, tvm
+from tvm import relay
+from jointsparse.schedules import llvm_workaround
+
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    assert not llvm_workaround.apply()
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+[told] = told
+assert "\\n" not in str(told.message) and "could not be switched off" in str(told.message)
+x = relay.var("x", shape=(1, 4, 8, 8))
+body = relay.nn.conv2d(x, relay.const(np.ones((4, 4, 3, 3), "float32")))
+relay.build(tvm.IRModule.from_expr(body), "llvm")
+"""
     result = run(tmp_path, program)
     assert result.returncode == 0, result.stderr
 
