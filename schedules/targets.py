@@ -12,16 +12,15 @@ STACK_BYTES = 1024
 
 @dataclass(frozen=True)
 class CpuFacts:
-    """Vector unit and caches of one core.
+    """Vector unit and cache of one core.
 
     Attributes:
         lanes: float32 lanes of a vector. registers: architectural vector registers.
-        l1, l2: data cache bytes that one core has to itself.
+        l2: bytes of second-level cache that one core has to itself.
     """
 
     lanes: int
     registers: int
-    l1: int
     l2: int
 
     @property
@@ -31,48 +30,75 @@ class CpuFacts:
         return max(1, min(self.registers * 3 // 4, (STACK_BYTES - 1) // (4 * self.lanes)))
 
 
-_KIB = 1024
-
 # (features, all of them needed; lanes; registers), best first.
 _VECTOR_UNITS = (
     (("avx512f", "avx512bw"), 16, 32),
     (("avx2",), 8, 16),
     (("avx",), 8, 16),
     (("sse2",), 4, 16),
+    (("neon", "d32"), 4, 16),  # 32-bit ARM, where two of its 32 registers make a vector
     (("neon",), 4, 32),
 )
 
-# -mcpu: (L1 data, L2). Where cores of one name differ, the smaller.
-_CACHES = {
-    "haswell": (32 * _KIB, 256 * _KIB),
-    "broadwell": (32 * _KIB, 256 * _KIB),
-    "skylake": (32 * _KIB, 256 * _KIB),
-    "skylake-avx512": (32 * _KIB, 1024 * _KIB),
-    "cascadelake": (32 * _KIB, 1024 * _KIB),
-    "icelake-client": (48 * _KIB, 512 * _KIB),
-    "icelake-server": (48 * _KIB, 1280 * _KIB),
-    "sapphirerapids": (48 * _KIB, 2048 * _KIB),
-    "emeraldrapids": (48 * _KIB, 2048 * _KIB),
-    "alderlake": (48 * _KIB, 1280 * _KIB),
-    "znver1": (32 * _KIB, 512 * _KIB),
-    "znver2": (32 * _KIB, 512 * _KIB),
-    "znver3": (32 * _KIB, 512 * _KIB),
-    "znver4": (32 * _KIB, 1024 * _KIB),
-    "cortex-a53": (32 * _KIB, 128 * _KIB),
-    "cortex-a55": (32 * _KIB, 128 * _KIB),
-    "cortex-a72": (32 * _KIB, 256 * _KIB),
-    "cortex-a76": (64 * _KIB, 256 * _KIB),
-    "neoverse-n1": (64 * _KIB, 512 * _KIB),
+# By -mcpu, with - for _. Where cores of one name differ, the smaller; of a cache shared by cores, the share of one.
+_L2_KIB = {
+    "nehalem": 256,
+    "westmere": 256,
+    "sandybridge": 256,
+    "ivybridge": 256,
+    "core-avx-i": 256,
+    "haswell": 256,
+    "core-avx2": 256,
+    "broadwell": 256,
+    "skylake": 256,
+    "cannonlake": 256,
+    "skylake-avx512": 1024,
+    "skx": 1024,
+    "cascadelake": 1024,
+    "cooperlake": 1024,
+    "icelake-client": 512,
+    "rocketlake": 512,
+    "tigerlake": 1280,
+    "icelake-server": 1280,
+    "sapphirerapids": 2048,
+    "emeraldrapids": 2048,
+    "graniterapids": 2048,
+    # Of the efficient cores, four to 2 MiB.
+    "alderlake": 512,
+    "raptorlake": 512,
+    "meteorlake": 512,
+    "znver1": 512,
+    "znver2": 512,
+    "znver3": 512,
+    "znver4": 1024,
+    "znver5": 1024,
+    "cortex-a53": 128,
+    "cortex-a55": 128,
+    "cortex-a57": 512,
+    "cortex-a72": 256,
+    "cortex-a73": 256,
+    "cortex-a75": 256,
+    "cortex-a76": 256,
+    "cortex-a77": 256,
+    "cortex-a78": 256,
+    "cortex-a710": 256,
+    "cortex-x1": 512,
+    "cortex-x2": 512,
+    "neoverse-n1": 512,
+    "neoverse-n2": 512,
+    "neoverse-v1": 512,
+    "neoverse-v2": 1024,
+    "apple-m1": 1024,
 }
-_DEFAULT_CACHES = (32 * _KIB, 512 * _KIB)
+_DEFAULT_L2_KIB = 512
 
 
 def cpu_facts(target: tvm.target.Target | str | None = None) -> CpuFacts:
     """Facts of a target's CPU; of the current target, or plain ``llvm``, when None."""
     resolved = _resolve(target)
     lanes, registers = _vector_unit(resolved)
-    l1, l2 = _CACHES.get(str(resolved.attrs.get("mcpu", "")), _DEFAULT_CACHES)
-    return CpuFacts(lanes, registers, l1, l2)
+    name = str(resolved.attrs.get("mcpu", "")).replace("_", "-")
+    return CpuFacts(lanes, registers, 1024 * _L2_KIB.get(name, _DEFAULT_L2_KIB))
 
 
 def why_not_target(target: tvm.target.Target | str) -> str | None:

@@ -14,7 +14,7 @@ from tvm import relay
 from jointsparse.schedules.blocking import direct_blocking, direct_panel, winograd_blocking
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd
-from jointsparse.schedules.targets import STACK_BYTES, cpu_facts, why_not_target
+from jointsparse.schedules.targets import _L2_KIB, STACK_BYTES, cpu_facts, why_not_target
 from jointsparse.schedules.winograd import transform
 
 LAYER = ConvGeometry(1, 64, 56, 56, 64, (3, 3), padding=(1, 1, 1, 1))
@@ -31,6 +31,7 @@ X86 = {
 }
 ARM = "llvm -mtriple=aarch64-linux-gnu -mattr=+neon"
 """-mcpu=cortex-a72 gives the same lanes."""
+ARM32 = "llvm -mtriple=armv7-linux-gnueabihf -mattr=+neon"
 
 
 def assembly(target: str, tile: int = 0, geometry: ConvGeometry = LAYER) -> str:
@@ -71,8 +72,36 @@ def test_vector_units(target: str) -> None:
 
 def test_arm_and_source_targets() -> None:
     assert (cpu_facts(ARM).lanes, cpu_facts(ARM).registers, cpu_facts(ARM).accumulators) == (4, 32, 24)
-    assert cpu_facts("llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a72").l2 == 256 * 1024
+    for target in (ARM32, "llvm -mtriple=armv7l-linux-gnueabihf -mcpu=cortex-a9"):
+        facts = cpu_facts(target)
+        assert (facts.lanes, facts.registers, facts.accumulators) == (4, 16, 12)
     assert cpu_facts("c").lanes == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "kib"),
+    [
+        ("llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a72", 256),
+        ("llvm -mtriple=aarch64-linux-gnu -mcpu=neoverse-v2", 1024),
+        ("llvm -mcpu=haswell", 256),
+        ("llvm -mcpu=icelake-server", 1280),
+        ("llvm -mcpu=icelake_server", 1280),
+        ("llvm -mcpu=x86-64-v3", 512),
+        ("llvm", 512),
+    ],
+)
+def test_caches(target: str, kib: int) -> None:
+    assert cpu_facts(target).l2 == kib * 1024
+
+
+def test_every_cpu_of_the_table_is_known_to_llvm() -> None:
+    known = {
+        str(name)
+        for triple in ("x86_64-linux-gnu", "aarch64-linux-gnu")
+        for name in tvm.target.codegen.llvm_get_cpu_archlist(tvm.target.Target(f"llvm -mtriple={triple}"))
+    }
+    # An alias that LLVM takes and does not list.
+    assert set(_L2_KIB) - known <= {"apple-m1"}
 
 
 @pytest.mark.parametrize("target", ["opencl", "vulkan", "metal"])
@@ -103,8 +132,13 @@ def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile
 
 
 @pytest.mark.parametrize("tile", [0, 4], ids=["direct", "winograd"])
-def test_arm_code_is_vector_code(tile: int) -> None:
-    assert re.search(r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.", assembly(ARM, tile, ConvGeometry(1, 8, 20, 20, 8, (3, 3))))
+@pytest.mark.parametrize(
+    ("target", "multiply_add"),
+    [(ARM, r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\."), (ARM32, r"vm(la|ul)\.f32\s+q\d+, q\d+, [qd]\d+")],
+    ids=["64 bits", "32 bits"],
+)
+def test_arm_code_is_vector_code(target: str, multiply_add: str, tile: int) -> None:
+    assert re.search(multiply_add, assembly(target, tile, ConvGeometry(1, 8, 20, 20, 8, (3, 3))))
 
 
 def test_formats_and_geometry_need_no_tvm() -> None:
