@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 from .outputs import check_output, replacing
+from .ranges import check_sparsity
 from .target_strings import find_compiler, parse_target
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def compile_model(
     # What is wrong with files is found before TVM is imported.
     check_output(output)
     _check_model(model)
-    if not 0 <= winograd_sparsity < 1:
-        raise InputError(f"winograd sparsity {winograd_sparsity}: must be at least 0 and below 1")
+    check_sparsity(winograd_sparsity, "Winograd")
     tvm_target = parse_target(target)
     compiler = find_compiler(tvm_target, cross_compiler)
     progress(f"reading {model}")
@@ -64,7 +64,10 @@ def compile_model(
     from .. import passes
 
     progress("choosing a kernel for every convolution")
-    mod, params, plan = passes.sparsify(mod, params, tvm_target, domain, winograd_sparsity=winograd_sparsity)
+    try:
+        mod, params, plan = passes.sparsify(mod, params, tvm_target, domain, winograd_sparsity=winograd_sparsity)
+    except ValueError as error:  # options that contradict each other or the model's own thresholds
+        raise InputError(f"{model}: {error}") from error
     progress(f"building {len(plan)} convolutions for {tvm_target}")
     with _records(tuning_records) as config, tvm.transform.PassContext(opt_level=3, config=config):
         library = tvm.relay.build(mod, target=tvm_target, params=params)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from . import console, texts, values, views
 
 app = typer.Typer(
@@ -45,7 +46,7 @@ class FillMode(str, Enum):
 def main() -> None:
     """Entry point: run the command and turn failures into one line and an exit code."""
     try:
-        app()
+        app(prog_name="jointsparse")
     except Exception as error:
         console.report(error)
         sys.exit(1)
@@ -82,6 +83,7 @@ def demo(
 
 @app.command(help=texts.TRAIN)
 def train(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=texts.RECIPE)],
     data: Annotated[Path, typer.Option("--data", help=texts.DATA)] = Path("data"),
     output: Annotated[Path, typer.Option("--output", help=texts.OUTPUT_DIR)] = Path("runs"),
@@ -91,6 +93,8 @@ def train(
     processes: Annotated[int, typer.Option("--processes", min=1, metavar="N", help=texts.PROCESSES)] = 1,
     verbose: Verbose = False,
 ) -> None:
+    with values.usage(context):
+        overrides = values.overrides(settings or [])
     from ..shipped import find_recipe
     from ..training import train
 
@@ -100,14 +104,17 @@ def train(
         output,
         resume,
         weights=weights,
-        overrides=values.overrides(settings or []),
+        overrides=overrides,
         processes=processes,
     )
-    views.show_training(results, output)
+    # Other processes than the first run this as well, and have no results.
+    if results:
+        views.show_training(results, output)
 
 
 @app.command(help=texts.COMPRESS)
 def compress(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help=texts.MODEL_TO_COMPRESS)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="MODEL.jsm", help=texts.OUTPUT_FILE)],
     spatial_sparsity: Annotated[float, typer.Option("--spatial-sparsity", help=texts.SPATIAL_SPARSITY)] = 0.0,
@@ -118,9 +125,21 @@ def compress(
     seed: Annotated[int, typer.Option("--seed", help=texts.SEED)] = 0,
     tile: Annotated[int, typer.Option("--tile", metavar="M", help=texts.TILE)] = 4,
     network: Annotated[str | None, typer.Option("--network", help=texts.NETWORK)] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=texts.NETWORK_SET)] = None,
     input_shapes: Annotated[str | None, typer.Option("--input-shapes", help=texts.INPUT_SHAPES)] = None,
     verbose: Verbose = False,
 ) -> None:
+    from ..ranges import check_quantiser, check_sparsity, check_tile
+
+    with values.usage(context):
+        check_sparsity(spatial_sparsity, "spatial")
+        check_sparsity(winograd_sparsity, "Winograd")
+        check_quantiser(step, bits, seed)
+        check_tile(tile)
+        shapes = values.shapes(input_shapes)
+        options = values.overrides(settings or [])
+        if options and network is None:
+            raise InputError("--set gives options of a network; name it with --network")
     from .. import compress, inspect
     from ..outputs import check_output
 
@@ -136,7 +155,8 @@ def compress(
         seed=seed,
         tile=tile,
         network=network,
-        input_shape=values.shapes(input_shapes),
+        network_options=options,
+        input_shape=shapes,
     )
     views.show_size(inspect(output))
 
@@ -166,6 +186,7 @@ def decompress(
 
 @app.command(help=texts.COMPILE)
 def compile(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help=texts.MODEL_TO_COMPILE)],
     target: Annotated[str, typer.Option("--target", help=texts.TARGET)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="PACKAGE.tar", help=texts.OUTPUT_FILE)],
@@ -180,6 +201,11 @@ def compile(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
+    from ..ranges import check_sparsity
+
+    with values.usage(context):
+        check_sparsity(winograd_sparsity, "Winograd")
+        shapes = values.shapes(input_shapes)
     from ..compiling import compile_model
 
     console.quieten_tvm()
@@ -192,7 +218,7 @@ def compile(
             winograd_sparsity=winograd_sparsity,
             cross_compiler=cross_compiler,
             tuning_records=tuning_records,
-            input_shapes=values.shapes(input_shapes),
+            input_shapes=shapes,
             progress=progress,
         )
     views.show_plan(plan, output, explain=explain, json=json)

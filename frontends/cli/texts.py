@@ -23,7 +23,7 @@ DATA = "Folder or archive with the data that the recipe names."
 RESUME = "Go on from the last checkpoint in the output folder."
 SET = "Change a value of the recipe; may be repeated."
 PROCESSES = "Processes that share every batch."
-WEIGHTS = "Weights to start from, a safetensors state dict."
+WEIGHTS = "Weights to start from, a state dict: .safetensors or .pt."
 
 MODEL_TO_COMPRESS = "Model to compress: .onnx, .safetensors or .pt."
 SPATIAL_SPARSITY = "Share of the weights to prune in the spatial domain, by magnitude."
@@ -34,6 +34,7 @@ DITHER = "Quantise with a dither known to the decoder, so that the error does no
 SEED = "Seed of the dither."
 TILE = "Winograd output tile size, 2 or 4, for --winograd-sparsity."
 NETWORK = "The project's network that weights alone (.safetensors, .pt) belong to, such as ct-srcnn."
+NETWORK_SET = "An option of --network, as under network.options in a recipe; may be repeated."
 INPUT_SHAPES = "Shapes of inputs with open axes: 'NAME:[1,3,224,224]', several with spaces between, one without a name."
 
 JSM = "A .jsm file."

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import typer
 
 from ..errors import InputError
 
@@ -14,10 +17,21 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+__all__ = ["Shape", "overrides", "shapes", "usage"]
+
 Shape = tuple[int, ...]
 
 # One input of tvmc's --input-shapes; the name may be left out.
 _SHAPE = re.compile(r"(?:(?P<name>[^\s\[\]]+?)\s*:\s*)?\[(?P<sizes>[\d\s,]+)\]")
+
+
+@contextmanager
+def usage(context: typer.Context) -> Iterator[None]:
+    """For checks of the command line itself: an InputError inside is wrong usage, which has an exit code of its own."""
+    try:
+        yield
+    except InputError as error:
+        raise typer.BadParameter(str(error), context) from error
 
 
 def shapes(text: str | None) -> Shape | dict[str, Shape] | None:
@@ -40,16 +54,16 @@ def _sizes(text: str) -> Shape:
 
 
 def overrides(settings: Iterable[str]) -> dict[str, Any]:
-    """The values of --set by TABLE.KEY, read as TOML; what is no TOML is taken as text.
+    """The values of --set by name, read as TOML; what is no TOML is taken as text.
 
     Raises:
-        InputError: without an equals sign.
+        InputError: without an equals sign, or a name before it.
     """
     result: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = (part.strip() for part in setting.partition("="))
-        if not equals:
-            raise InputError(f"--set {setting!r}: write it as TABLE.KEY=VALUE")
+        if not equals or not name:
+            raise InputError(f"--set {setting!r}: write it as NAME=VALUE")
         try:
             result[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:

@@ -133,14 +133,12 @@ FAULTS = [
     (["compress", "missing.onnx", "-o", "m.jsm"], "missing.onnx"),
     (["compress", "model.onnx", "-o", "."], "directory"),
     (["compress", "model.onnx", "-o", "missing/m.jsm"], "no folder"),
-    (["compress", "model.onnx", "--spatial-sparsity", "1.5", "-o", "m.jsm"], "1.5"),
-    (["compress", "model.onnx", "--step", "0.1", "--bits", "4", "-o", "m.jsm"], "contradict"),
-    (["compress", "model.onnx", "--input-shapes", "x=4", "-o", "m.jsm"], "--input-shapes"),
     (["compress", "model.txt", "-o", "m.jsm"], "model.txt"),
+    (["compress", "model.onnx", "--input-shapes", "z:[1,4,12,12]", "-o", "m.jsm"], "z"),
+    (["compress", "w.safetensors", "--network", "vgg", "-o", "m.jsm"], "w.safetensors"),
     (["compile", "model.onnx", "--target", "bogus", "-o", "m.tar"], "bogus"),
     (["compile", "model.onnx", "--target", "llvm -mcpu=nonsense", "-o", "m.tar"], "nonsense"),
     (["compile", "model.onnx", "--target", "llvm", "-o", "."], "directory"),
-    (["compile", "model.onnx", "--target", "llvm", "--winograd-sparsity", "1", "-o", "m.tar"], "1.0"),
     (["compile", "model.onnx", "--target", "llvm", "--cross-compiler", "none-g++", "-o", "m.tar"], "none-g++"),
     (["compile", "model.onnx", "--target", "llvm", "--tuning-records", "none.log", "-o", "m.tar"], "none.log"),
     (["compile", "model.onnx", "--target", "llvm", "--input-shapes", "z:[1,4,12,12]", "-o", "m.tar"], "z"),
@@ -150,7 +148,6 @@ FAULTS = [
     (["run", "model.onnx", "-o", "missing/out.npz"], "no folder"),
     (["train", "missing.toml"], "missing.toml"),
     (["train", "ct_srcnn_x3", "--data", "missing"], "missing"),
-    (["train", "ct_srcnn_x3", "--set", "run.seed"], "--set"),
     (["demo", "--output", "model.onnx"], "model.onnx"),
 ]
 
@@ -172,23 +169,72 @@ def test_faults_are_one_line_and_exit_code_1(command: Command, model: Path, argu
     assert sorted(os.listdir()) == before
 
 
+COMPRESS = ["compress", "model.onnx", "-o", "m.jsm"]
+COMPILE = ["compile", "model.onnx", "--target", "llvm", "-o", "m.tar"]
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "said"),
     [
-        ["no-such-command"],
-        ["run"],
-        ["run", "p.tar", "--no-such-option"],
-        ["run", "p.tar", "--repeat", "0"],
-        ["compile", "model.onnx", "-o", "m.tar"],
-        ["compile", "model.onnx", "--target", "llvm", "--domain", "frequency", "-o", "m.tar"],
-        ["compress", "model.onnx", "--bits", "many", "-o", "m.jsm"],
+        (["no-such-command"], "no-such-command"),
+        (["run"], "PACKAGE"),
+        (["run", "p.tar", "--no-such-option"], "--no-such-option"),
+        (["run", "p.tar", "--repeat", "0"], "--repeat"),
+        (["compile", "model.onnx", "-o", "m.tar"], "--target"),
+        ([*COMPILE, "--domain", "frequency"], "frequency"),
+        ([*COMPILE, "--winograd-sparsity", "1"], "Winograd sparsity 1.0"),
+        ([*COMPILE, "--input-shapes", "[1,4"], "--input-shapes"),
+        ([*COMPRESS, "--bits", "many"], "--bits"),
+        ([*COMPRESS, "--bits", "17"], "17 bits"),
+        ([*COMPRESS, "--step", "0.1", "--bits", "4"], "contradict"),
+        ([*COMPRESS, "--step", "-1"], "step -1.0"),
+        ([*COMPRESS, "--seed", "-1"], "seed -1"),
+        ([*COMPRESS, "--spatial-sparsity", "1.5"], "spatial sparsity 1.5"),
+        ([*COMPRESS, "--winograd-sparsity", "nan"], "Winograd sparsity nan"),
+        ([*COMPRESS, "--tile", "3"], "tile 3"),
+        ([*COMPRESS, "--input-shapes", "x=4"], "--input-shapes"),
+        ([*COMPRESS, "--set", "depth=3"], "--network"),
+        ([*COMPRESS, "--network", "vdsr", "--set", "depth"], "--set"),
+        (["train", "ct_srcnn_x3", "--set", "run.seed"], "--set"),
+        (["train", "ct_srcnn_x3", "--set", "=3"], "--set"),
+        (["train", "ct_srcnn_x3", "--processes", "0"], "--processes"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_usage_is_exit_code_2(command: Command, arguments: list[str]) -> None:
+def test_wrong_usage_is_exit_code_2(command: Command, model: Path, arguments: list[str], said: str) -> None:
     done = command(*arguments)
     assert done.code == 2
+    assert done.out == ""
     assert "Usage: jointsparse" in done.err
+    assert said in done.err
     assert "Traceback" not in done.err
+    assert sorted(os.listdir()) == ["model.onnx"]
+
+
+def test_a_model_with_thresholds_of_its_own_is_not_pruned_again(command: Command, model: Path) -> None:
+    assert command("compress", model, "--winograd-sparsity", 0.5, "-o", "m.jsm").code == 0
+    done = command("compile", "m.jsm", "--target", "llvm", "--winograd-sparsity", 0.5, "-o", "m.tar")
+    assert done.code == 1
+    last = done.err.splitlines()[-1]
+    assert last.startswith("jointsparse: m.jsm: the model carries Winograd thresholds of its own")
+    assert not Path("m.tar").exists()
+
+
+def test_weights_of_a_network_with_options(command: Command, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from jointsparse.frontends.networks import build
+
+    save_file(build("resnet18", width=4, classes=10, stem="cifar").state_dict(), tmp_path / "w.safetensors")
+    network = ["compress", "w.safetensors", "-o", "m.jsm", "--network", "resnet18"]
+    done = command(*network, "--set", "width=4", "--set", "classes=10", "--set", "stem=cifar")
+    assert done.code == 0, done.err
+    shapes = {
+        layer["name"]: layer["shape"] for layer in json.loads(command("inspect", "m.jsm", "--json").out)["layers"]
+    }
+    assert shapes["conv1.weight"] == [4, 3, 3, 3]
+    assert shapes["fc.weight"] == [10, 32]
+    assert command(*network, "--set", "stem=big").code == 1
 
 
 @pytest.mark.parametrize("arguments", [["-v", "inspect", "missing.jsm"], ["inspect", "missing.jsm", "-v"]])
