@@ -19,6 +19,8 @@ from .convolutions import Convolution, find_convolutions
 from .layers import Layer, Weight, Worklist
 from .plan import DENSE, DIRECT, WINOGRAD
 
+_DYNAMIC = "dynamic shape: the sparse kernels are made for one size"
+
 
 @tvm.transform.module_pass(opt_level=0, name="CollectConvolutions")
 class CollectConvolutions:
@@ -151,7 +153,7 @@ def _geometry(call: relay.Call) -> ConvGeometry:
     """Raises ValueError for a shape that is not static or not a convolution."""
     shape, weight, output = _shape(call.args[0]), _shape(call.args[1]), _shape(call)
     if shape is None or weight is None or output is None:
-        raise ValueError("dynamic shape: the sparse kernels are made for one size")
+        raise ValueError(_DYNAMIC)
     batch, in_channels, in_height, in_width = shape
     _, _, kernel_height, kernel_width = (weight[axis] for axis in _oihw(call.attrs.kernel_layout))
     top, left, bottom, right = relay.op.nn.utils.get_pad_tuple2d([int(p) for p in call.attrs.padding])
@@ -187,7 +189,9 @@ def _weight(call: relay.Call, op: str, params: Mapping[str, Any]) -> tuple[Weigh
     """
     if op != "nn.conv2d" or sorted(call.attrs.kernel_layout) != sorted("OIHW"):
         return None, None
-    expression, scale = call.args[1], np.ones((1, 1, 1, 1))
+    expression, shape, scale = call.args[1], _shape(call.args[1]), np.ones((1, 1, 1, 1))
+    if shape is None:
+        return None, _DYNAMIC
     while (factors := _constant_times(expression)) is not None:
         constant, expression = factors
         scale = scale * constant
@@ -203,7 +207,7 @@ def _weight(call: relay.Call, op: str, params: Mapping[str, Any]) -> tuple[Weigh
         if _shape(expression) not in (None, stored.shape):
             raise ValueError(f"params[{name!r}] has shape {stored.shape}, the module wants {_shape(expression)}")
     axes = _oihw(call.attrs.kernel_layout)
-    return Weight(_ordered(stored, axes), _ordered(scale, axes), name), None
+    return Weight(_ordered(np.broadcast_to(stored, shape), axes), _ordered(scale, axes), name), None
 
 
 def _array(value: Any) -> NDArray[Any]:
@@ -215,10 +219,12 @@ def _ordered(array: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
 
 
 def _constant_times(expression: relay.Expr) -> tuple[NDArray[Any], relay.Expr] | None:
-    """``(constant, rest)`` of a product with a constant."""
+    """``(constant, rest)`` of a product with a constant; of two constants the smaller, which is the scale."""
     if not isinstance(expression, relay.Call) or expression.op != relay.op.get("multiply"):
         return None
     left, right = expression.args
-    if isinstance(left, relay.Constant):
-        return left.data.numpy(), right
-    return (right.data.numpy(), left) if isinstance(right, relay.Constant) else None
+    sizes = [arg.data.numpy().size if isinstance(arg, relay.Constant) else np.inf for arg in (left, right)]
+    if min(sizes) == np.inf:
+        return None
+    scale, rest = (left, right) if sizes[0] < sizes[1] else (right, left)
+    return scale.data.numpy(), rest

@@ -124,6 +124,42 @@ def test_what_batch_norm_left_on_a_weight_is_its_scale():
     )
 
 
+def test_of_two_constants_the_larger_is_the_weight():
+    weight, scale = weight_of(6, 4, 3, 3), weight_of(6, 1, 1, 1)
+    for product in (relay.multiply(weight, scale), relay.multiply(scale, weight)):
+        layer = only_layer(relay.nn.conv2d(image(), product))
+        assert np.array_equal(layer.weight.stored, weight.data.numpy())
+        assert layer.weight.scale.shape[2:] == (1, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 3, 3), (4, 3, 3), (6, 1, 1, 1)])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_weight_that_is_broadcast_is_multiplied_out(shape, named):
+    stored, scale = RNG.standard_normal(shape).astype("float32"), weight_of(6, 4, 1, 1)
+    weight = relay.var("w", shape=shape) if named else relay.const(stored)
+    body = relay.multiply(relay.multiply(weight, scale), weight_of(3, 3))
+    layer = only_layer(relay.nn.conv2d(image(), body), {"w": stored})
+    assert layer.left_alone is None
+    assert layer.weight.stored.shape == layer.geometry.weight_shape == (6, 4, 3, 3)
+    np.testing.assert_allclose(
+        layer.weight.value, stored * scale.data.numpy() * body.args[1].data.numpy(), rtol=1e-6, atol=0
+    )
+
+
+def test_a_scale_in_another_layout_of_the_weights_is_read():
+    weight, scale = weight_of(3, 5, 4, 6), weight_of(6)
+    layer = only_layer(relay.nn.conv2d(image(), relay.multiply(scale, weight), kernel_layout="HWIO"))
+    product = weight.data.numpy() * scale.data.numpy()
+    np.testing.assert_allclose(layer.weight.value, product.transpose(3, 2, 0, 1), rtol=1e-6, atol=0)
+
+
+def test_a_weight_of_dynamic_shape_is_left_alone():
+    weight = relay.var("w", shape=(relay.Any(), 4, 3, 3))
+    body = relay.nn.conv2d(image(), weight, channels=6, kernel_size=(3, 3))
+    layer = only_layer(body, {"w": np.zeros((6, 4, 3, 3), "float32")})
+    assert "dynamic shape" in layer.left_alone
+
+
 def test_a_parameter_of_another_shape_is_refused():
     body = relay.nn.conv2d(image(), relay.var("w", shape=(6, 4, 3, 3)))
     with pytest.raises(ValueError, match=r"params\['w'\] has shape \(6, 4, 1, 1\)"):
