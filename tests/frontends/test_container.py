@@ -389,11 +389,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
-@pytest.mark.parametrize("threshold", [None, 0.0, (0.0,) * 8])
-def test_inspecting_costs_little_more_than_what_is_declared(tmp_path: Path, threshold: Any) -> None:
-    """A sound file of a few hundred bytes may stand for a hundred megabytes; many times that it must not take."""
-    path, shape = tmp_path / "m.jsm", (8, 300_000, 3, 3)
+def _much_in_little(path: Path, threshold: float | tuple[float, ...] | None) -> int:
+    """Write a sound file of a few hundred bytes that stands for 82 MiB of weights; their number."""
+    shape = (8, 300_000, 3, 3)
     conv = helper.make_node("Conv", ["x", "w"], ["y"])
     graph = model([conv], {"x": (1, 300_000, 3, 3)}, {"w": np.zeros(shape, np.float32)})
     del graph.graph.initializer[:]
@@ -401,10 +399,43 @@ def test_inspecting_costs_little_more_than_what_is_declared(tmp_path: Path, thre
     spec = {} if threshold is None else {"w": WinogradPruning(4, threshold, True)}
     path.write_bytes(encode(Contents(graph, (Record("w", shape, codes),), spec)))
     assert path.stat().st_size < 1000
+    return codes.codes.size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
+@pytest.mark.parametrize("threshold", [None, 0.0, (0.0,) * 8])
+def test_inspecting_costs_little_more_than_what_is_declared(tmp_path: Path, threshold: Any) -> None:
+    path = tmp_path / "m.jsm"
+    weights = _much_in_little(path, threshold)
     done = subprocess.run([sys.executable, "-c", _INSPECT, path], capture_output=True, check=True)
     parameters, megabytes = map(int, done.stdout.split())
-    assert parameters == codes.codes.size
-    assert megabytes < 3.5 * codes.codes.nbytes / 2**20
+    assert parameters == weights
+    assert megabytes < 3.5 * 4 * weights / 2**20
+
+
+_READ = """
+import resource, sys
+from jointsparse.frontends import decompress, load
+if sys.argv[2:]:
+    action = decompress
+else:
+    import tvm
+    action = load
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+action(*sys.argv[1:])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
+@pytest.mark.parametrize("more", [[], ["m.onnx"]], ids=["load", "decompress"])
+def test_reading_costs_a_few_times_what_is_declared(tmp_path: Path, more: list[str]) -> None:
+    """As docs/format.md says: that the number of copies does not grow with the file, and what they are copies of is
+    limited."""
+    weights = _much_in_little(tmp_path / "m.jsm", 0.0)
+    program = [sys.executable, "-c", _READ, "m.jsm", *more]
+    done = subprocess.run(program, capture_output=True, check=True, cwd=tmp_path)
+    assert int(done.stdout) < 7 * 4 * weights / 2**20
 
 
 def test_winograd_sparsity_in_pieces_is_that_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
