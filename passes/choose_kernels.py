@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tvm
 
-from .costs import CostModel, break_even_sparsity
+from .costs import Borrowing, CostModel, break_even_sparsity
 from .layers import Layer, Worklist
 from .plan import DENSE, DIRECT, WINOGRAD, percent
 
@@ -61,6 +61,10 @@ class ChooseKernels:
             nonzeros = weights if kernel == DENSE else int(np.count_nonzero(layer.sparse_weight(kernel)))
             layer.nonzeros[kernel] = nonzeros
             layer.costs[kernel] = self.cost_model.cost(kernel, geometry, nonzeros, self.target)
+            if isinstance(self.cost_model, Borrowing):
+                family = self.cost_model.borrowed_from(kernel, geometry, self.target)
+                if family is not None:
+                    layer.borrowed[kernel] = family
         for kernel in layer.costs.keys() - {DENSE}:
             share = break_even_sparsity(
                 self.cost_model, kernel, geometry, layer.weights(kernel), layer.costs[DENSE], self.target

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import tvm
 
@@ -33,6 +33,15 @@ class CostModel(Protocol):
             nonzeros: weights that the kernel multiplies by; for ``dense`` all of them.
             target: what the layer is built for.
         """
+        ...
+
+
+@runtime_checkable
+class Borrowing(Protocol):
+    """A cost model that can tell when it predicts a kernel by what was measured on other CPUs."""
+
+    def borrowed_from(self, kernel: str, geometry: ConvGeometry, target: tvm.target.Target) -> str | None:
+        """The family of CPUs measured instead, for example ``avx512``; None if such CPUs as the target's were."""
         ...
 
 
@@ -132,32 +141,42 @@ class LinearCostModel:
 
     def cost(self, kernel: str, geometry: ConvGeometry, nonzeros: int, target: tvm.target.Target) -> float:
         cpu = cpu_facts(target)
-        coefficients = coefficients_of(kind(kernel, geometry), cpu, self.families)
+        name = kind(kernel, geometry)
+        coefficients = self.families[measured_family(name, cpu, self.families)][name]
         amounts = counts(kernel, geometry, nonzeros, cpu)
-        return 1e-9 * sum(nanoseconds * amounts[name] for name, nanoseconds in coefficients.items())
+        return 1e-9 * sum(nanoseconds * amounts[term] for term, nanoseconds in coefficients.items())
+
+    def borrowed_from(self, kernel: str, geometry: ConvGeometry, target: tvm.target.Target) -> str | None:
+        cpu = cpu_facts(target)
+        measured = measured_family(kind(kernel, geometry), cpu, self.families)
+        return None if measured == family(cpu) else measured
 
 
-# Families by what the CPU has, (lanes, registers): its own and those that stand in for it, the nearest first.
-_FAMILIES = {
+# By what a CPU has, (lanes, registers): its family and those that stand in for it, the nearest first.
+_NEAREST = {
     (16, 32): ("avx512", "avx2"),
     (8, 16): ("avx2", "avx512"),
     (4, 32): ("neon", "sse", "avx2", "avx512"),
+    (4, 16): ("sse", "avx2", "avx512"),
 }
-_OTHER_FAMILIES = ("sse", "avx2", "avx512")
+_NEAREST_TO_OTHERS = ("scalar", "sse", "avx2", "avx512")
 
 
 def family(cpu: CpuFacts) -> str:
     """Name under which coefficients measured on such a CPU belong into FAMILIES."""
-    return _FAMILIES.get((cpu.lanes, cpu.registers), _OTHER_FAMILIES)[0]
+    return _nearest(cpu)[0]
 
 
-def coefficients_of(name: str, cpu: CpuFacts, families: Mapping[str, Coefficients]) -> Mapping[str, float]:
-    """Coefficients of a kind of kernel, from the nearest family in which it has been measured.
+def measured_family(name: str, cpu: CpuFacts, families: Mapping[str, Coefficients]) -> str:
+    """The nearest family in which a kind of kernel has been measured.
 
     Counts are of vectors, so that a stand-in still knows the vector length.
     """
-    nearest = _FAMILIES.get((cpu.lanes, cpu.registers), _OTHER_FAMILIES)
-    return next(families[near][name] for near in nearest if name in families.get(near, {}))
+    return next(near for near in _nearest(cpu) if name in families.get(near, {}))
+
+
+def _nearest(cpu: CpuFacts) -> tuple[str, ...]:
+    return _NEAREST.get((cpu.lanes, cpu.registers), _NEAREST_TO_OTHERS)
 
 
 def kind(kernel: str, geometry: ConvGeometry) -> str:

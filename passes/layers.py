@@ -63,7 +63,7 @@ class Layer:
         unsupported: why single kernels cannot (CollectConvolutions, PruneWinograd).
         pruning: by Winograd kernel supported, which of its weights are zero (PruneWinograd).
         nonzeros: by kernel supported, how many weights it multiplies by (ChooseKernels).
-        costs: by kernel supported, seconds (ChooseKernels). break_even: as in LayerPlan.
+        costs: by kernel supported, seconds (ChooseKernels). borrowed, break_even: as in LayerPlan.
         kernel, reason: the choice (ChooseKernels; what is there already of a layer left alone).
     """
 
@@ -81,6 +81,7 @@ class Layer:
     pruning: dict[str, WinogradPruning] = field(default_factory=dict)
     nonzeros: dict[str, int] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
+    borrowed: dict[str, str] = field(default_factory=dict)
     break_even: dict[str, float] = field(default_factory=dict)
     kernel: str = DENSE
     reason: str = ""
@@ -128,6 +129,7 @@ class Layer:
             spatial_sparsity=self.spatial_sparsity,
             winograd_sparsity={kernel: self.sparsity(kernel) for kernel in known if kernel in TILE},
             costs={kernel: 1e3 * seconds for kernel, seconds in self.costs.items()},
+            borrowed=dict(self.borrowed),
             break_even=dict(self.break_even),
             unsupported=dict(self.unsupported),
             multiplications=self.multiplications(self.kernel) if self.kernel in known else None,

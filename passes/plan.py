@@ -37,6 +37,8 @@ class LayerPlan:
         spatial_sparsity: share of zero weights in [0, 1]; None without weights at hand.
         winograd_sparsity: the same in the Winograd domain, by kernel name, for the tiles allowed.
         costs: predicted milliseconds of one run on one thread, by kernel name, for the kernels supported.
+        borrowed: by kernel name, the family of CPUs (``avx512``, ...) on which the prediction rests, for kernels not
+            measured on CPUs like the target's.
         break_even: by sparse kernel, the sparsity (of its own domain) from which it beats dense by prediction;
             a kernel that never does is absent.
         unsupported: by kernel name, why it is not among the alternatives.
@@ -58,6 +60,7 @@ class LayerPlan:
     spatial_sparsity: float | None = None
     winograd_sparsity: dict[str, float] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
+    borrowed: dict[str, str] = field(default_factory=dict)
     break_even: dict[str, float] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
     multiplications: int | None = None
@@ -66,10 +69,6 @@ class LayerPlan:
     def sparse(self) -> bool:
         """Whether a sparse kernel runs this layer."""
         return self.kernel != DENSE
-
-    def sparsity_of(self, kernel: str) -> float | None:
-        """Share of zeros among the weights that ``kernel`` would multiply by."""
-        return self.winograd_sparsity.get(kernel) if kernel in TILE else self.spatial_sparsity
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,14 @@ class Plan:
         return json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
 
     def __str__(self) -> str:
-        """A table for people, one line a convolution and a sum below; plain text, at most 160 columns."""
+        """A table for people, one line a convolution and a sum below; plain text, at most 160 columns.
+
+        Then what predictions were borrowed from other CPUs, and the warnings.
+        """
         text = io.StringIO()
         console = Console(file=text, width=160, color_system=None, legacy_windows=False)
         console.print(_table(self.layers))
-        for line in [_sum_line(self), *self.warnings]:
+        for line in [_sum_line(self), *_borrowed_lines(self), *self.warnings]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n"))
 
@@ -212,3 +214,14 @@ def _sum_line(plan: Plan) -> str:
     if plan.cost is None:
         return line
     return f"{line}; predicted {milliseconds(plan.cost)} against {milliseconds(plan.dense_cost)} dense"
+
+
+def _borrowed_lines(plan: Plan) -> list[str]:
+    kernels: dict[str, set[str]] = {}
+    for layer in plan.layers:
+        for kernel, family in layer.borrowed.items():
+            kernels.setdefault(family, set()).add(kernel)
+    return [
+        f"not measured on CPUs like the target's, predicted as on {family}: {', '.join(sorted(kernels[family]))}"
+        for family in sorted(kernels)
+    ]

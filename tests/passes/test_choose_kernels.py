@@ -42,6 +42,13 @@ def choose(domain, costs, *, size=3, zeros=0, dtype="float32"):
     return layer
 
 
+class BorrowedCosts(Costs):
+    """Of which one kernel was measured elsewhere."""
+
+    def borrowed_from(self, kernel, geometry, target):
+        return "another" if kernel == "direct" else None
+
+
 EVEN = {"dense": (100, 0), "direct": (20, 1), "winograd_f2": (40, 0.5), "winograd_f4": (30, 0.5)}
 
 
@@ -103,3 +110,8 @@ def test_a_layer_left_alone_keeps_its_reason_in_every_domain(domain):
     layer = choose(domain, Costs(**EVEN), dtype="float16")
     assert (layer.kernel, layer.costs) == ("dense", {})
     assert layer.reason == "data type float16: the sparse kernels compute in float32"
+
+
+def test_what_the_model_borrowed_is_told():
+    assert choose("auto", BorrowedCosts(**EVEN)).borrowed == {"direct": "another"}
+    assert choose("auto", Costs(**EVEN)).borrowed == {}

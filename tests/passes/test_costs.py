@@ -11,10 +11,10 @@ from jointsparse.passes.costs import (
     FAMILIES,
     LinearCostModel,
     break_even_sparsity,
-    coefficients_of,
     counts,
     family,
     kind,
+    measured_family,
 )
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
@@ -95,10 +95,30 @@ def test_kinds_of_dense_convolution():
     assert kind("direct", ConvGeometry(1, 64, 8, 8, 64, (1, 1))) == "direct_1x1"
 
 
-def test_what_a_family_lacks_is_taken_from_the_nearest():
-    cpu = cpu_facts("llvm -mcpu=haswell")
-    near, far = {"direct": {"vectors": 1.0}}, {"direct": {"vectors": 2.0}, "dense": {"vectors": 3.0}}
-    families = {"avx512": far, "avx2": near}
+def test_what_a_family_lacks_is_taken_from_the_nearest_and_told():
+    geometry, target = ConvGeometry(1, 8, 20, 20, 8, (3, 3)), tvm.target.Target("llvm -mcpu=haswell")
+    cpu = cpu_facts(target)
+    near, far = {"direct": {"fixed": 1.0}}, {"direct": {"fixed": 2.0}, "dense": {"fixed": 3.0}}
+    model = LinearCostModel({"avx512": far, "avx2": near})
     assert family(cpu) == "avx2"
-    assert coefficients_of("direct", cpu, families) == {"vectors": 1.0}
-    assert coefficients_of("dense", cpu, families) == {"vectors": 3.0}
+    assert measured_family("direct", cpu, model.families) == "avx2"
+    assert model.cost("direct", geometry, 9, target) == pytest.approx(1e-9)
+    assert model.borrowed_from("direct", geometry, target) is None
+    assert model.cost("dense", geometry, 9, target) == pytest.approx(3e-9)
+    assert model.borrowed_from("dense", geometry, target) == "avx512"
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "size", "borrowed"),
+    [
+        ("llvm -mcpu=skylake-avx512", "direct", 1, None),
+        ("llvm -mcpu=haswell", "direct", 3, None),
+        ("llvm -mcpu=haswell", "direct", 1, "avx512"),
+        ("llvm -mtriple=x86_64-linux-gnu", "direct", 3, "avx2"),
+        ("llvm -mtriple=aarch64-linux-gnu -mattr=+neon", "winograd_f4", 3, "avx2"),
+        ("c", "dense", 3, "avx2"),
+    ],
+)
+def test_what_was_not_measured_is_borrowed(target, kernel, size, borrowed):
+    geometry = ConvGeometry(1, 8, 20, 20, 8, (size, size))
+    assert MODEL.borrowed_from(kernel, geometry, tvm.target.Target(target)) == borrowed

@@ -23,6 +23,7 @@ SPARSE = LayerPlan(
     spatial_sparsity=0.8,
     winograd_sparsity={"winograd_f4": 0.9},
     costs={"dense": 0.5, "direct": 0.3, "winograd_f4": 0.2},
+    borrowed={"dense": "avx2", "direct": "avx512", "winograd_f4": "avx2"},
     break_even={"direct": 0.7, "winograd_f4": 0.6},
     unsupported={"winograd_f2": "tile size 4 asked for"},
     multiplications=8192,
@@ -61,10 +62,18 @@ def test_table_has_a_line_a_layer_a_sum_and_the_warnings():
     alone = next(line for line in lines if line.startswith("head"))
     for cell in ("layout NHWC", "stride 2x1", "dilation 2", "groups 4", "99.9 %"):
         assert cell in alone
-    assert lines[-2] == (
+    assert lines[-4] == (
         "1 of 2 convolutions sparse, domain auto, target llvm -mcpu=haswell; predicted 0.2 ms against 0.5 ms dense"
     )
-    assert lines[-1] == "mind the gap"
+    assert lines[-3:] == [
+        "not measured on CPUs like the target's, predicted as on avx2: dense, winograd_f4",
+        "not measured on CPUs like the target's, predicted as on avx512: direct",
+        "mind the gap",
+    ]
+
+
+def test_nothing_borrowed_needs_no_line():
+    assert "not measured" not in str(Plan("llvm", "auto", (ALONE,)))
 
 
 def test_json_is_stable():
@@ -88,6 +97,7 @@ def test_json_is_stable():
         "spatial_sparsity": 0.8,
         "winograd_sparsity": {"winograd_f4": 0.9},
         "costs": {"dense": 0.5, "direct": 0.3, "winograd_f4": 0.2},
+        "borrowed": {"dense": "avx2", "direct": "avx512", "winograd_f4": "avx2"},
         "break_even": {"direct": 0.7, "winograd_f4": 0.6},
         "unsupported": {"winograd_f2": "tile size 4 asked for"},
         "multiplications": 8192,
