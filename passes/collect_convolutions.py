@@ -39,7 +39,7 @@ class CollectConvolutions:
 
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         mod = relay.transform.InferType()(mod)
-        collector = _Collector(self.params, why_not_target(self.target))
+        collector = _Collector(self.params, self.target)
         self.worklist.layers = [
             collector.layer(position, found) for position, found in enumerate(find_convolutions(mod))
         ]
@@ -48,9 +48,9 @@ class CollectConvolutions:
 
 
 class _Collector:
-    def __init__(self, params: Mapping[str, Any], why_not_target: str | None) -> None:
+    def __init__(self, params: Mapping[str, Any], target: tvm.target.Target) -> None:
         self.params = params
-        self.why_not_target = why_not_target
+        self.target = target
         self.names: set[str] = set()
 
     def layer(self, position: int, found: Convolution) -> Layer:
@@ -68,7 +68,11 @@ class _Collector:
             kernel=_sparse_already(found),
         )
         layer.left_alone = (
-            found.elsewhere or _why_not_operator(found) or _why_not_type(call) or self.why_not_target or no_weight
+            found.elsewhere
+            or _why_not_operator(found)
+            or _why_not_type(call)
+            or why_not_target(self.target)
+            or no_weight
         )
         if layer.left_alone is None:
             self._describe(layer, call)
@@ -83,8 +87,8 @@ class _Collector:
             return
         assert layer.weight is not None
         layer.geometry, layer.weight = geometry, layer.weight.as_filters(geometry.weight_shape)
-        reasons = {DIRECT: why_not_direct(geometry)}
-        reasons |= {kernel: why_not_winograd(geometry, tile) for tile, kernel in WINOGRAD.items()}
+        reasons = {DIRECT: why_not_direct(geometry, self.target)}
+        reasons |= {kernel: why_not_winograd(geometry, tile, self.target) for tile, kernel in WINOGRAD.items()}
         layer.unsupported = {kernel: reason for kernel, reason in reasons.items() if reason is not None}
         if reasons.keys() == layer.unsupported.keys():
             layer.left_alone = layer.unsupported[DIRECT]

@@ -27,7 +27,6 @@ class Cpu(Protocol):
 @cache
 def direct_blocking(geometry: ConvGeometry, cpu: Cpu) -> PhaseLayout:
     """The fewest blocks whose packed input takes at most half of L2; at least 4 rows where rows can be split."""
-    whole = direct_layout(geometry, geometry.out_height, geometry.out_width)
 
     def fits(layout: PhaseLayout) -> bool:
         return geometry.in_channels * layout.channel_size * _FLOAT <= cpu.l2 // 2
@@ -38,8 +37,7 @@ def direct_blocking(geometry: ConvGeometry, cpu: Cpu) -> PhaseLayout:
         rows = max(least_rows, -(-rows // 2))
     while cols > 4 * cpu.lanes and not fits(direct_layout(geometry, rows, cols)):
         cols = max(4 * cpu.lanes, -(-cols // 2))
-    layout = direct_layout(geometry, rows, cols)
-    return layout if layout.blocks != (1, 1) else whole
+    return direct_layout(geometry, rows, cols)
 
 
 def direct_panel(layout: PhaseLayout, cpu: Cpu) -> int:
@@ -47,6 +45,12 @@ def direct_panel(layout: PhaseLayout, cpu: Cpu) -> int:
     vectors = -(-layout.flat_positions // cpu.lanes)
     panels = -(-vectors // cpu.accumulators)
     return -(-vectors // panels) * cpu.lanes
+
+
+def extra_channels(layout: PhaseLayout, panel: int) -> int:
+    """Channels of zeros to pack for what the last panel of the last channel reads beyond its planes."""
+    panels = -(-layout.flat_positions // panel)
+    return -(-(panels * panel - layout.flat_positions) // layout.channel_size)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from . import phases, sparse_direct, sparse_winograd
 from .layouts import PhaseLayout
 from .targets import CpuFacts, cpu_facts
 
-_SKEW = (256, 16)
+SKEW = (256, 16)
 """Rows of tile positions are a line (16 floats) more than a multiple of 256 floats apart: at powers of two apart, the
 n x n positions of a tile would fight for the same few ways of L1."""
 
@@ -49,8 +49,13 @@ class _Kernel:
 
     @property
     def parallel_blocks(self) -> bool:
-        down, across = self.layout.blocks
-        return int(self.last.shape[0]) * down * across >= _PARALLEL_BLOCKS
+        return blocks_in_parallel(int(self.last.shape[0]), self.layout)
+
+
+def blocks_in_parallel(batch: int, layout: PhaseLayout) -> bool:
+    """Whether each block is computed from beginning to end by one thread, with buffers of its own."""
+    down, across = layout.blocks
+    return batch * down * across >= _PARALLEL_BLOCKS
 
 
 def schedule_direct(outs: Sequence[te.Tensor], layout: PhaseLayout, target: tvm.target.Target) -> te.Schedule:
@@ -162,7 +167,7 @@ def _transform_input(kernel: _Kernel) -> tir.IterVar:
     """
     inputs = kernel.stage(sparse_winograd.INPUT)
     n, by, bx, u, v, c, panel, place = inputs.op.axis
-    inputs.storage_align(v, *_SKEW)
+    inputs.storage_align(v, *SKEW)
     vector, lane = inputs.split(place, kernel.cpu.lanes)
     inputs.reorder(n, by, bx, c, panel, vector, u, v, lane)
     inputs.unroll(v)
@@ -180,7 +185,7 @@ def _transform_output(kernel: _Kernel) -> None:
     """Both passes of the output transform, channel by channel."""
     products = kernel.stage(sparse_winograd.PRODUCTS)
     *_, v, _, _, _ = products.op.axis
-    products.storage_align(v, *_SKEW)
+    products.storage_align(v, *SKEW)
     rows = kernel.stage(sparse_winograd.OUTPUT_ROWS)
     *_, i, v, t = rows.op.axis
     vector, lane = rows.split(t, kernel.cpu.lanes)

@@ -23,6 +23,7 @@ from tvm.relay.op import op as relay_op
 
 from . import cpu, llvm_workaround
 from .blocking import WinogradBlocking, direct_blocking, direct_panel, winograd_blocking
+from .buffers import argument_buffers, direct_buffers, why_too_large, winograd_buffers
 from .formats import SparseRows, pack_direct, pack_winograd
 from .geometry import ConvGeometry
 from .layouts import PhaseLayout, direct_layout
@@ -45,7 +46,6 @@ DIRECT = "jointsparse.conv2d_sparse_direct"
 WINOGRAD = "jointsparse.conv2d_sparse_winograd"
 
 _MIXED_PRECISION_NEVER = 2
-_LARGEST_OFFSET = 2**31 - 1
 
 
 def conv2d_sparse_direct(
@@ -65,7 +65,7 @@ def conv2d_sparse_direct(
     Raises:
         ValueError: when the geometry is not supported (see why_not_direct) or does not fit the weight.
     """
-    _refuse(why_not_direct(geometry))
+    _refuse(why_not_direct(geometry, target))
     layout = direct_blocking(geometry, cpu_facts(target))
     rows = pack_direct(weight, geometry, layout)
     return _call(DIRECT, data, rows, geometry, block=(layout.rows, layout.cols))
@@ -94,16 +94,26 @@ def conv2d_sparse_winograd(
     return _call(WINOGRAD, data, pack_winograd(winograd_weight, geometry), geometry, tile=m)
 
 
-def why_not_direct(geometry: ConvGeometry) -> str | None:
-    """Why sparse direct convolution cannot do this geometry, or None if it can."""
-    packed = direct_layout(geometry, geometry.out_height, geometry.out_width).channel_size * geometry.in_channels
-    if packed > _LARGEST_OFFSET:
-        return f"packed input of {packed} elements exceeds 32-bit offsets"
-    return None
+def why_not_direct(geometry: ConvGeometry, target: tvm.target.Target | str | None = None) -> str | None:
+    """Why sparse direct convolution cannot do this geometry, or None if it can.
+
+    Args:
+        target: decides the size of buffers (the current target, or plain llvm, when None).
+    """
+    kh, kw = geometry.kernel
+    facts = cpu_facts(target)
+    layout = direct_blocking(geometry, facts)
+    return why_too_large(
+        argument_buffers(geometry, kh * kw) | direct_buffers(geometry, layout, direct_panel(layout, facts))
+    )
 
 
-def why_not_winograd(geometry: ConvGeometry, m: int) -> str | None:
-    """Why sparse Winograd convolution F(m x m) cannot do this geometry, or None if it can."""
+def why_not_winograd(geometry: ConvGeometry, m: int, target: tvm.target.Target | str | None = None) -> str | None:
+    """Why sparse Winograd convolution F(m x m) cannot do this geometry, or None if it can.
+
+    Args:
+        target: as for why_not_direct.
+    """
     kh, kw = geometry.kernel
     if m not in TILES:
         return f"F({m}x{m}) is not offered, only tiles {', '.join(map(str, TILES))}"
@@ -113,7 +123,9 @@ def why_not_winograd(geometry: ConvGeometry, m: int) -> str | None:
         return f"stride {geometry.strides[0]}x{geometry.strides[1]} is outside Winograd's reach"
     if geometry.dilation != (1, 1):
         return f"dilation {geometry.dilation[0]}x{geometry.dilation[1]} is outside Winograd's reach"
-    return None
+    return why_too_large(argument_buffers(geometry, (m + kh - 1) ** 2)) or why_too_large(
+        winograd_buffers(geometry, m, winograd_blocking(geometry, m, cpu_facts(target)))
+    )
 
 
 def _refuse(reason: str | None) -> None:
@@ -158,9 +170,10 @@ def _winograd_blocking(attrs: tvm.ir.Attrs, target: tvm.target.Target) -> Winogr
 
 def _compute_direct(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
     data, values, indices, indptr = inputs
-    layout = _direct_layout(attrs)
+    geometry, layout = _geometry(attrs), _direct_layout(attrs)
     panel = direct_panel(layout, cpu_facts(target))
-    return sparse_direct(data, values, indices, indptr, _geometry(attrs), layout, panel)
+    _refuse(why_too_large(direct_buffers(geometry, layout, panel)))
+    return sparse_direct(data, values, indices, indptr, geometry, layout, panel)
 
 
 def _schedule_direct(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
@@ -169,8 +182,9 @@ def _schedule_direct(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm
 
 def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
     data, values, indices, indptr = inputs
-    blocking = _winograd_blocking(attrs, target)
-    return sparse_winograd(data, values, indices, indptr, _geometry(attrs), int(attrs["tile"]), blocking)
+    geometry, m, blocking = _geometry(attrs), int(attrs["tile"]), _winograd_blocking(attrs, target)
+    _refuse(why_too_large(winograd_buffers(geometry, m, blocking)))
+    return sparse_winograd(data, values, indices, indptr, geometry, m, blocking)
 
 
 def _schedule_winograd(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from tvm import te, tir
 
 from . import phases
+from .blocking import extra_channels
 from .geometry import ConvGeometry
 from .layouts import PhaseLayout
 
@@ -37,8 +38,7 @@ def sparse_direct(
         (N, K, output height, output width).
     """
     panels = -(-layout.flat_positions // panel)
-    beyond = panels * panel - layout.flat_positions
-    planes = phases.pack(data, geometry, layout, extra_channels=-(-beyond // layout.channel_size))
+    planes = phases.pack(data, geometry, layout, extra_channels=extra_channels(layout, panel))
     (down, across), (plane_rows, plane_cols) = layout.blocks, layout.plane
 
     def at(n: tir.Var, by: tir.Var, bx: tir.Var, offset: tir.PrimExpr) -> tir.PrimExpr:

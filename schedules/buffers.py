@@ -1,0 +1,60 @@
+"""How large the buffers of a kernel are, as cpu.py schedules it. TVM counts their elements in 32 bits, unchecked.
+
+Left out are the buffers of a single channel or row, which are never the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .blocking import WinogradBlocking, extra_channels
+from .cpu import SKEW, blocks_in_parallel
+from .geometry import ConvGeometry
+from .layouts import PhaseLayout
+
+_MOST = 2**31 - 1
+
+
+def why_too_large(buffers: Mapping[str, int]) -> str | None:
+    """Which buffer has too many elements, or None."""
+    for name, elements in buffers.items():
+        if elements > _MOST:
+            return f"{name} of {elements} elements exceeds 32-bit offsets"
+    return None
+
+
+def argument_buffers(geometry: ConvGeometry, taps: int) -> dict[str, int]:
+    """Elements of input, output and weights; `taps` weights to a filter and channel."""
+    pixels = geometry.in_height * geometry.in_width
+    out_pixels = geometry.out_height * geometry.out_width
+    return {
+        "input": geometry.batch * geometry.in_channels * pixels,
+        "output": geometry.batch * geometry.out_channels * out_pixels,
+        "weights": geometry.out_channels * (geometry.in_channels // geometry.groups) * taps,
+    }
+
+
+def direct_buffers(geometry: ConvGeometry, layout: PhaseLayout, panel: int) -> dict[str, int]:
+    """Elements of what sparse direct convolution keeps in between."""
+    channels = geometry.in_channels + extra_channels(layout, panel)
+    return {"packed input": _blocks_at_once(geometry, layout) * channels * layout.channel_size}
+
+
+def winograd_buffers(geometry: ConvGeometry, m: int, blocking: WinogradBlocking) -> dict[str, int]:
+    """Elements of what sparse Winograd convolution keeps in between."""
+    positions = _blocks_at_once(geometry, blocking.layout) * (m + geometry.kernel[0] - 1) ** 2
+    return {
+        "transformed input": positions * _skewed(geometry.in_channels * blocking.tiles),
+        "products": positions * _skewed(geometry.out_channels * blocking.tiles),
+    }
+
+
+def _blocks_at_once(geometry: ConvGeometry, layout: PhaseLayout) -> int:
+    """Blocks in one buffer: each has its own when they run in parallel."""
+    down, across = layout.blocks
+    return 1 if blocks_in_parallel(geometry.batch, layout) else geometry.batch * down * across
+
+
+def _skewed(row: int) -> int:
+    factor, offset = SKEW
+    return row + (offset - row) % factor

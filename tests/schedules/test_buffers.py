@@ -1,0 +1,122 @@
+"""Buffers are as large as said, and what 32 bits cannot index is refused; nothing of that size is allocated here."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tvm
+from tvm import te
+
+from jointsparse.schedules import cpu
+from jointsparse.schedules.blocking import direct_blocking, direct_panel, winograd_blocking
+from jointsparse.schedules.buffers import argument_buffers, direct_buffers, why_too_large, winograd_buffers
+from jointsparse.schedules.geometry import ConvGeometry
+from jointsparse.schedules.operators import why_not_direct, why_not_winograd
+from jointsparse.schedules.sparse_direct import sparse_direct
+from jointsparse.schedules.sparse_winograd import sparse_winograd
+from jointsparse.schedules.targets import cpu_facts
+
+GEOMETRIES = {
+    "one block": ConvGeometry(1, 4, 11, 13, 6, (3, 3), padding=(1, 1, 1, 1)),
+    "many blocks": ConvGeometry(2, 30, 120, 130, 5, (3, 3), padding=(1, 1, 1, 1)),
+    "few blocks": ConvGeometry(3, 128, 5, 5, 9, (5, 5), padding=(2, 2, 2, 2)),
+    "strided and dilated": ConvGeometry(1, 40, 60, 60, 3, (3, 3), dilation=(1, 2), strides=(2, 3)),
+    "one pixel": ConvGeometry(1, 1, 1, 1, 3, (1, 1)),
+}
+each_target = pytest.mark.parametrize("target", ["llvm", "llvm -mcpu=haswell", "llvm -mcpu=skylake-avx512"])
+
+
+def arguments(geometry: ConvGeometry, rows: int) -> list[te.Tensor]:
+    shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
+    return [
+        te.placeholder(shape, name="data"),
+        te.placeholder((16,), name="values"),
+        te.placeholder((16,), "int32", name="indices"),
+        te.placeholder((rows + 1,), "int32", name="indptr"),
+    ]
+
+
+def allocated(schedule: te.Schedule, tensors: list[te.Tensor]) -> dict[str, int]:
+    """Elements by name of buffer, before buffers that do not live together are merged."""
+    with tvm.transform.PassContext(disabled_pass=["tir.StorageRewrite"]):
+        mod = tvm.lower(schedule, tensors)
+    sizes = {}
+
+    def visit(node: tvm.tir.Stmt) -> None:
+        if isinstance(node, tvm.tir.Allocate):
+            sizes[node.buffer_var.name] = math.prod(int(extent) for extent in node.extents)
+
+    for function in mod.functions.values():
+        tvm.tir.stmt_functor.post_order_visit(function.body, visit)
+    return sizes
+
+
+@each_target
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_direct_buffers_are_those_of_the_code(geometry: ConvGeometry, target: str) -> None:
+    facts = cpu_facts(target)
+    layout = direct_blocking(geometry, facts)
+    panel = direct_panel(layout, facts)
+    inputs = arguments(geometry, geometry.out_channels)
+    result = sparse_direct(*inputs, geometry, layout, panel)
+    sizes = allocated(cpu.schedule_direct([result], layout, tvm.target.Target(target)), [*inputs, result])
+    assert direct_buffers(geometry, layout, panel) == {"packed input": sizes["planes"]}
+    assert max(sizes.values()) == sizes["planes"]
+
+
+@each_target
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("name", ["one block", "many blocks", "few blocks"])
+def test_winograd_buffers_are_those_of_the_code(name: str, tile: int, target: str) -> None:
+    geometry = GEOMETRIES[name]
+    blocking = winograd_blocking(geometry, tile, cpu_facts(target))
+    inputs = arguments(geometry, geometry.out_channels * (tile + geometry.kernel[0] - 1) ** 2)
+    result = sparse_winograd(*inputs, geometry, tile, blocking)
+    schedule = cpu.schedule_winograd([result], blocking.layout, tile, tvm.target.Target(target))
+    sizes = allocated(schedule, [*inputs, result])
+    expected = {"transformed input": sizes["inputs"], "products": sizes["products"]}
+    assert winograd_buffers(geometry, tile, blocking) == expected
+    assert max(sizes.values()) == max(expected.values())
+
+
+@pytest.mark.parametrize(
+    ("geometry", "what"),
+    [
+        (ConvGeometry(1, 3, 40_000, 40_000, 1, (3, 3)), "input of 4800000000 elements"),
+        (ConvGeometry(1000, 64, 224, 224, 1, (3, 3)), "input of 3211264000 elements"),
+        (ConvGeometry(1, 1, 10_000, 10_000, 30, (3, 3)), "output of 2998800120 elements"),
+        (ConvGeometry(1, 20_000, 3, 3, 20_000, (3, 3)), "weights of"),
+    ],
+    ids=["image", "batch", "output", "weights"],
+)
+def test_arguments_beyond_32_bits_are_refused(geometry: ConvGeometry, what: str) -> None:
+    for reason in (why_not_direct(geometry), why_not_winograd(geometry, 2), why_not_winograd(geometry, 4)):
+        assert what in str(reason)
+        assert "32-bit offsets" in str(reason)
+
+
+def test_the_last_size_that_fits() -> None:
+    most = 2**31 - 1
+    assert why_too_large({"this": most}) is None
+    assert why_too_large({"this": most, "that": most + 1}) == f"that of {most + 1} elements exceeds 32-bit offsets"
+    assert argument_buffers(ConvGeometry(2, 4, 5, 6, 8, (3, 3), groups=2), 9) == {
+        "input": 240, "output": 2 * 8 * 3 * 4, "weights": 8 * 2 * 9
+    }  # fmt: skip
+
+
+def test_buffers_in_between_beyond_32_bits_are_refused() -> None:
+    """Input, output and weights are small here; what lies between is not."""
+    wide = ConvGeometry(1, 1, 1, 1, 1, (2, 2), padding=(0, 0, 40_000, 60_000), dilation=(40_000, 60_000))
+    assert "packed input of 4800200002 elements" in str(why_not_direct(wide))
+    deep = ConvGeometry(1, 30_000_000, 1, 1, 1, (3, 3), padding=(1, 1, 1, 1))
+    assert "transformed input" in str(why_not_winograd(deep, 4))
+    assert "32-bit" not in str(why_not_direct(deep))
+
+
+def test_a_large_image_that_is_computed_in_blocks_is_taken() -> None:
+    """Transformed at once it would have more than 2**31 elements."""
+    ultra_hd = ConvGeometry(1, 80, 2160, 3840, 80, (3, 3), padding=(1, 1, 1, 1))
+    assert 16 * 80 * (2160 // 2) * (3840 // 2) > 2**31 - 1
+    assert why_not_direct(ultra_hd) is None
+    assert why_not_winograd(ultra_hd, 2) is None
