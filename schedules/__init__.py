@@ -6,7 +6,14 @@ Names are loaded when first used: geometry, formats and Winograd matrices need n
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .formats import SparseRows, pack_direct, pack_winograd
+    from .geometry import ConvGeometry
+    from .operators import conv2d_sparse_direct, conv2d_sparse_winograd, why_not_direct, why_not_winograd
+    from .targets import cpu_facts, why_not_target
+    from .winograd import transform
 
 _HOME = {
     "ConvGeometry": "geometry",
@@ -22,10 +29,26 @@ _HOME = {
     "cpu_facts": "targets",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "ConvGeometry",
+    "SparseRows",
+    "conv2d_sparse_direct",
+    "conv2d_sparse_winograd",
+    "cpu_facts",
+    "pack_direct",
+    "pack_winograd",
+    "transform",
+    "why_not_direct",
+    "why_not_target",
+    "why_not_winograd",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
