@@ -28,10 +28,6 @@ class SparseRows:
     indices: NDArray[np.int32]
     indptr: NDArray[np.int32]
 
-    @property
-    def nonzeros(self) -> int:
-        return int(self.indptr[-1])
-
 
 def pack_direct(weight: NDArray[np.floating], geometry: ConvGeometry, layout: PhaseLayout) -> SparseRows:
     """Rows are output channels; an index is the offset of the tap in the packed planes of all channels of a block.

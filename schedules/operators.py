@@ -38,7 +38,6 @@ __all__ = [
     "conv2d_sparse_direct",
     "conv2d_sparse_winograd",
     "why_not_direct",
-    "why_not_target",
     "why_not_winograd",
 ]
 

@@ -8,10 +8,10 @@ the Winograd domain of one set of points is not sparse in that of another. It ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +84,7 @@ def transform(m: int, r: int) -> Transform:
 
 def _cook_toom(m: int, r: int, points: tuple[Fraction, ...]) -> Transform:
     """Cook-Toom with the point at infinity; the Lagrange denominators go into G, so that BT stays integral."""
-    scales = [_product(a - b for b in points if b != a) for a in points]
+    scales = [prod((a - b for b in points if b != a), start=Fraction(1)) for a in points]
     # A common sign of the first row of G and BT is free; positive is the published form.
     signs = [Fraction(-1) if i == 0 and s < 0 else Fraction(1) for i, s in enumerate(scales)]
     infinity_at = tuple(Fraction(int(j == m - 1)) for j in range(m))
@@ -108,13 +108,6 @@ def _monic_with_roots(roots: tuple[Fraction, ...]) -> tuple[Fraction, ...]:
         scaled = (*(-root * c for c in coefficients), Fraction(0))
         coefficients = tuple(a + b for a, b in zip(shifted, scaled, strict=True))
     return coefficients
-
-
-def _product(factors: Iterable[Fraction]) -> Fraction:
-    result = Fraction(1)
-    for factor in factors:
-        result *= factor
-    return result
 
 
 def _array(matrix: Matrix) -> NDArray[np.float64]:

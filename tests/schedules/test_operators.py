@@ -25,12 +25,11 @@ from jointsparse.schedules.operators import (
     conv2d_sparse_direct,
     conv2d_sparse_winograd,
     why_not_direct,
-    why_not_target,
     why_not_winograd,
 )
 from jointsparse.schedules.sparse_direct import sparse_direct
 from jointsparse.schedules.sparse_winograd import sparse_winograd
-from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.targets import cpu_facts, why_not_target
 from jointsparse.schedules.winograd import transform
 from tests import reference
 from tests.schedules.convolutions import HASWELL, host_has
