@@ -1,8 +1,8 @@
 """Recipes: TOML files that say how a network is trained. Neither torch nor TVM is needed to read one.
 
 A recipe has the tables ``[run]``, ``[network]``, ``[data]``, ``[optimiser]`` and, where the model is to become sparse,
-``[sparsity]``; the classes below are their keys. An unknown key or a value of the wrong kind is an error, so that a
-misspelt option cannot pass unnoticed.
+``[sparsity]``, and where it is to be quantised and written to one file, ``[quantisation]``; the classes below are their
+keys. An unknown key or a value of the wrong kind is an error, so that a misspelt option cannot pass unnoticed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .ranges import check_quantiser
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["DataTable", "NetworkTable", "OptimiserTable", "Recipe", "RunTable", "SparsityTable", "read_recipe"]
+__all__ = [
+    "DataTable",
+    "NetworkTable",
+    "OptimiserTable",
+    "QuantisationTable",
+    "Recipe",
+    "RunTable",
+    "SparsityTable",
+    "read_recipe",
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,19 @@ class SparsityTable:
 
 
 @dataclass(frozen=True)
+class QuantisationTable:
+    """``[quantisation]``, after training and pruning. bits: of the largest weight's code, 2 to 16; or step: in units of
+    the weights. dither: as in ``quantize_``, from the run's seed. tuning_steps: of codebook fine-tuning, batches as in
+    training. rate: of ``CodebookTuner``, in units of the step."""
+
+    bits: int = 8
+    step: float = 0.0
+    dither: bool = False
+    tuning_steps: int = 0
+    rate: float = 1e-2
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole recipe; ``table`` is it as plain data, overrides applied, for the record."""
 
@@ -105,12 +128,14 @@ class Recipe:
     data: DataTable
     optimiser: OptimiserTable
     sparsity: SparsityTable | None
+    quantisation: QuantisationTable | None
     table: dict[str, Any]
 
 
 _CHOICES = {("data", "kind"): ("super-resolution", "classification"), ("run", "precision"): ("fp32", "bf16")}
 _SHARES = ("ramp", "hold", "warmup")
 _SPARSITIES = ("spatial", "winograd", "prune_spatial", "prune_winograd")
+_NOT_NEGATIVE = ("threads", "evaluate_every", "weight_decay", "clip", "tuning_steps")
 _POSITIVE = ("epochs", "batch", "scale", "patch", "steps", "rate", "alpha", "floor", "speed")
 
 
@@ -143,8 +168,19 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         data=_section(DataTable, "data", table, path),
         optimiser=_section(OptimiserTable, "optimiser", table, path),
         sparsity=_section(SparsityTable, "sparsity", table, path) if "sparsity" in table else None,
+        quantisation=_quantisation(table, path) if "quantisation" in table else None,
         table=table,
     )
+
+
+def _quantisation(table: Mapping[str, Any], path: Path) -> QuantisationTable:
+    read: QuantisationTable = _section(QuantisationTable, "quantisation", table, path)
+    given = table["quantisation"]
+    try:
+        check_quantiser(given.get("step"), given.get("bits"))
+    except InputError as error:
+        raise InputError(f"{path}: [quantisation]: {error}") from None
+    return read
 
 
 def _section(kind: type, name: str, table: Mapping[str, Any], path: Path) -> Any:
@@ -189,5 +225,7 @@ def _check_range(table: str, key: str, value: Any, where: str) -> None:
         raise InputError(f"{where} is {value}; it is a share from 0 to 1")
     if key in _SPARSITIES and not 0 <= value < 1:
         raise InputError(f"{where} is {value}; a sparsity is at least 0 and below 1")
+    if key in _NOT_NEGATIVE and not value >= 0:
+        raise InputError(f"{where} is {value}; it must be at least 0")
     if key in _POSITIVE and not value > 0:
         raise InputError(f"{where} is {value}; it must be greater than 0")

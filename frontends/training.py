@@ -2,14 +2,13 @@
 
 It stands on Lightning (checkpoints, resume, several processes). Whoever has a training loop needs none of it:
 ``JointSparsity`` works in any. A run leaves in its output folder ``model.safetensors`` (the weights; spatially pruned
-where the recipe asks for sparsity), ``results.json`` (figures, recipe, seed, versions), ``last.ckpt`` while it runs,
-and ``history.csv`` (a header, then one line an epoch).
+where the recipe asks for sparsity, quantised where it asks for that), ``model.jsm`` (where they are quantised),
+``history.csv`` (a header, then one line an epoch) and ``results.json`` (figures, recipe, seed, versions), which comes
+last and marks the run as finished. ``last.ckpt`` is there until then.
 """
 
 from __future__ import annotations
 
-import copy
-import csv
 import json
 import math
 import platform
@@ -20,26 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from . import data as datasets
+from . import builds
 from .errors import InputError
+from .history import Lines
+from .inspection import inspect
 from .joint_sparsity import JointSparsity
+from .model_file import save
 from .networks import build
 from .outputs import replacing
-from .recipe import Recipe, SparsityTable, read_recipe
+from .recipe import Recipe, read_recipe
 from .state_dicts import load_weights
-from .winograd_inference import winograd_pruned
+from .tasks import TASKS, Metrics, Task, evaluate
 
 __all__ = ["train"]
-
-Metrics = dict[str, float]
 
 
 def train(
@@ -57,7 +55,7 @@ def train(
     Args:
         recipe: a TOML file, see ``recipe.Recipe``. data: the folder or archive that the recipe's names lie in.
         output: folder for the results, made where missing.
-        resume: go on from ``output/last.ckpt`` if there is one.
+        resume: go on from ``output/last.ckpt`` if there is one; where the run has finished, only return its results.
         weights: to start from, as ``state_dicts.load_weights`` reads them; required where the recipe says
             ``pretrained = true``.
         overrides: recipe values to change, ``{"sparsity.spatial": 0}``.
@@ -67,14 +65,14 @@ def train(
         what ``results.json`` holds. On processes other than the first, an empty dict.
 
     Raises:
-        InputError: for a bad recipe, data or weights, a checkpoint without ``resume``, or one that is damaged or of
-            another recipe.
+        InputError: for a bad recipe, data or weights, an earlier run in the folder without ``resume``, or one of
+            another recipe or with a damaged checkpoint.
     """
     plan = read_recipe(recipe, overrides or {})
-    checkpoint = output / "last.ckpt"
-    if checkpoint.exists() and not resume:
-        raise InputError(f"{checkpoint}: an earlier run lies there; give --resume or another output folder")
-    task = _TASKS[plan.data.kind](plan, data)
+    finished = _earlier_run(output, plan, resume)
+    if finished is not None:
+        return finished
+    task = TASKS[plan.data.kind](plan, data)
     if weights is None and plan.network.pretrained:
         raise InputError(f"{recipe}: starts from pre-trained weights; give them with --weights FILE.safetensors")
     output.mkdir(parents=True, exist_ok=True)
@@ -84,16 +82,19 @@ def train(
     model = build(plan.network.name, **plan.network.options)
     if weights is not None:
         load_weights(model, weights)
+    # Before the training: what it refuses would otherwise come to light only after.
+    pruner = builds.final_pruning(model, plan)
     start = time.time()
-    before = _evaluate(task, model) if weights is not None and plan.run.evaluate_start else {}
+    before = evaluate(task, model) if weights is not None and plan.run.evaluate_start else {}
     trainee = _Trainee(model, task, plan)
-    _fit(trainee, plan, checkpoint, processes)
+    _fit(trainee, plan, output, processes)
     if not trainee.trainer.is_global_zero:
         return {}
+    seconds = round(time.time() - start, 1)
     results = {
         "recipe": plan.table,
         "weights": weights.name if weights is not None else None,
-        "seconds": round(time.time() - start, 1),
+        "seconds": seconds,
         "versions": {
             "torch": torch.__version__,
             "lightning": lightning.__version__,
@@ -101,151 +102,57 @@ def train(
         },
         "baseline": task.baseline(),
         "before": before,
-        **_measure_builds(task, model, plan),
+        **_finish(trainee, pruner, output),
     }
-    _save_weights(model, output / "model.safetensors")
-    _write_json(results, output / "results.json")
+    _save_weights(model, output / _WEIGHTS)
+    _write_json(results, output / _RESULTS)
+    (output / _CHECKPOINT).unlink(missing_ok=True)
     return results
 
 
-# --- tasks: what differs between super-resolution and classification -------------------------------------------------
+_CHECKPOINT = "last.ckpt"
+_WEIGHTS = "model.safetensors"
+_FILE = "model.jsm"
+_RESULTS = "results.json"
 
 
-class _SuperResolution:
-    """Mean square error in training, mean PSNR in dB per test folder (and of bicubic enlargement as baseline)."""
+def _earlier_run(output: Path, plan: Recipe, resume: bool) -> dict[str, Any] | None:
+    """The results of a run that has finished in this folder, None where there is none.
 
-    def __init__(self, plan: Recipe, root: Path) -> None:
-        self.spec = plan.data
-        self.seed = plan.run.seed
-        self.train_pairs = datasets.read_pairs(root / self.spec.train, self.spec.scale)
-        self.test_pairs = {name: datasets.read_pairs(root / name, self.spec.scale) for name in self.spec.test}
-        self.batches: datasets.PatchBatches | None = None
-
-    def dataset(self, epoch: int, rank: int, world: int) -> Any:
-        if self.batches is None:
-            self.batches = datasets.PatchBatches(
-                self.train_pairs,
-                scale=self.spec.scale,
-                patch=self.spec.patch,
-                batch=self.spec.batch,
-                length=self.spec.steps,
-                seed=self.seed,
-                shrink=tuple(self.spec.shrink),
-            )
-        batches = copy.copy(self.batches)
-        batches.epoch, batches.rank, batches.world = epoch, rank, world
-        return batches
-
-    def steps(self) -> int:
-        return self.spec.steps
-
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(prediction.float(), target)
-
-    def evaluate(self, model: nn.Module) -> Metrics:
-        return {name: self._psnr(model, pairs) for name, pairs in self.test_pairs.items()}
-
-    def baseline(self) -> Metrics:
-        return {name: self._psnr(nn.Identity(), pairs) for name, pairs in self.test_pairs.items()}
-
-    def _psnr(self, model: nn.Module, pairs: list[datasets.Pair]) -> float:
-        device = _device(model)
-
-        def enlarge(pair: datasets.Pair) -> np.ndarray:
-            return model(torch.from_numpy(pair.low)[None, None].to(device)).float()[0, 0].cpu().numpy()
-
-        return round(float(np.mean([datasets.psnr(enlarge(p), p.high, self.spec.scale) for p in pairs])), 4)
-
-
-class _Classification:
-    """Cross-entropy in training, accuracy in per cent on the test split."""
-
-    def __init__(self, plan: Recipe, root: Path) -> None:
-        self.spec = plan.data
-        self.seed = plan.run.seed
-        self.train_data = datasets.read_labelled(root, self.spec.train)
-        self.test_data = {name: datasets.read_labelled(root, name) for name in self.spec.test}
-
-    def dataset(self, epoch: int, rank: int, world: int) -> Any:
-        return datasets.LabelledBatches(
-            self.train_data,
-            batch=self.spec.batch,
-            augment=True,
-            seed=self.seed,
-            epoch=epoch,
-            rank=rank,
-            world=world,
-        )
-
-    def steps(self) -> int:
-        return len(self.train_data.labels) // self.spec.batch
-
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(prediction.float(), target)
-
-    def evaluate(self, model: nn.Module) -> Metrics:
-        return {name: self._accuracy(model, split) for name, split in self.test_data.items()}
-
-    def baseline(self) -> Metrics:
-        return {}
-
-    def _accuracy(self, model: nn.Module, split: datasets.Labelled) -> float:
-        device = _device(model)
-        batches = datasets.LabelledBatches(split, batch=500, augment=False)
-        pairs = (batches[i] for i in range(len(batches)))
-        right = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in pairs)
-        return round(100 * right / len(split.labels), 4)
-
-
-_Task = _SuperResolution | _Classification
-_TASKS: dict[str, type[_SuperResolution] | type[_Classification]] = {
-    "super-resolution": _SuperResolution,
-    "classification": _Classification,
-}
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-@torch.inference_mode()
-def _evaluate(task: _Task, model: nn.Module) -> Metrics:
-    training = model.training
-    model.eval()
-    try:
-        return task.evaluate(model)
-    finally:
-        model.train(training)
-
-
-def _measure_builds(task: _Task, model: nn.Module, plan: Recipe) -> dict[str, Any]:
-    """Prune as the recipe says (in place) and measure each build from these weights.
-
-    ``spatial``: spatially pruned weights. ``winograd``: those weights, as the file stores them, pruned in the Winograd
-    domain as well. ``winograd_only``: the weights before spatial pruning, pruned in the Winograd domain alone; not
-    measured where training has pruned them spatially and held them so.
+    Raises:
+        InputError: there is a run, finished or not, that may not be resumed.
     """
-    model.cpu()
-    if plan.sparsity is None:
-        return {"dense": _evaluate(task, model)}
-    target = plan.sparsity
-    pruner = JointSparsity(model, target.prune_spatial, target.prune_winograd, target.tile, weighted=target.weighted)
-    results: dict[str, Any] = {}
-    if not _holds(target):
-        with winograd_pruned(model, pruner.winograd_spec()):
-            results["winograd_only"] = _evaluate(task, model)
-    results["spatial_sparsity"] = pruner.prune_("spatial")
-    results["spatial"] = _evaluate(task, model)
-    results["winograd_sparsity"] = pruner.prune_("winograd")
-    results["winograd_spec"] = pruner.winograd_spec()
-    with winograd_pruned(model, results["winograd_spec"]):
-        results["winograd"] = _evaluate(task, model)
-    return results
+    file, checkpoint = output / _RESULTS, output / _CHECKPOINT
+    if not resume and file.exists():
+        raise InputError(f"{file}: a finished run lies there; give another output folder, or remove it")
+    if not resume and checkpoint.exists():
+        raise InputError(f"{checkpoint}: an earlier run lies there; give --resume or another output folder")
+    if not file.exists():
+        return None
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        recipe = results["recipe"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not the results of a run; give another output folder") from error
+    if recipe != plan.table:
+        raise InputError(f"{file}: of a finished run by another recipe; give another output folder")
+    return dict(results)
 
 
-def _holds(target: SparsityTable) -> bool:
-    """Whether training ends with steps for which spatially pruned weights stay zero."""
-    return target.spatial > 0 and target.hold > 0
+def _finish(trainee: _Trainee, pruner: JointSparsity | None, output: Path) -> dict[str, Any]:
+    """Prune, quantise and write what the recipe asks for, and measure it."""
+    model, task, plan = trainee.model, trainee.task, trainee.plan
+    trainee.cpu()
+    results = builds.measure_pruned(task, model, plan, pruner)
+    if plan.quantisation is None:
+        return results
+    trainee.to(trainee.trainer.strategy.root_device)
+    quantization = builds.quantise_and_tune(model, trainee.objective, task, plan)
+    trainee.cpu()
+    quantised = builds.measure_quantised(task, model, quantization, pruner)
+    save(model, task.example(), output / _FILE, objective=pruner)
+    info = inspect(output / _FILE)
+    return results | {"quantised": quantised | {"file_bytes": info.file_bytes, "ratio": round(info.ratio, 3)}}
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -254,7 +161,7 @@ def _holds(target: SparsityTable) -> bool:
 class _Trainee(lightning.LightningModule):
     """The network, its loss and, where the recipe asks for it, the joint-sparsity objective."""
 
-    def __init__(self, model: nn.Module, task: _Task, plan: Recipe) -> None:
+    def __init__(self, model: nn.Module, task: Task, plan: Recipe) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.task = task
@@ -317,60 +224,24 @@ class _Trainee(lightning.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
         target = self.plan.sparsity
-        if self.objective is None or target is None or not _holds(target):
+        if self.objective is None or target is None or not builds.holds(target):
             return
         if self.global_step == max(1, round((1 - target.hold) * self.total)):
             self.objective.prune_("spatial")
         self.objective.hold_()
 
 
-class _Lines(Callback):
-    """One line an epoch: to ``history.csv`` and, where no terminal shows a progress bar, to standard output."""
-
-    def __init__(self, file: Path, every: int, plain: bool) -> None:
-        self.file, self.every, self.plain = file, every, plain
-        self.start = time.time()
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, trainee: lightning.LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        line: dict[str, Any] = {"epoch": epoch, "seconds": round(time.time() - self.start, 1)}
-        line |= {k: float(f"{float(v):.5g}") for k, v in trainer.callback_metrics.items()}
-        if self.every and epoch % self.every == 0 and trainer.is_global_zero:
-            assert isinstance(trainee, _Trainee)
-            measured = _evaluate(trainee.task, trainee.model)
-            line |= measured
-        if not trainer.is_global_zero:
-            return
-        self._record(line)
-        if self.plain:
-            print("  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
-
-    def _record(self, line: dict[str, Any]) -> None:
-        """Add a row to the file, and columns for figures new to it, which some epochs have and others have not."""
-        rows = [*_earlier_rows(self.file, line["epoch"]), line]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with replacing(self.file) as scratch, scratch.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def _earlier_rows(file: Path, epoch: int) -> list[dict[str, Any]]:
-    """The rows of the epochs before ``epoch``: a resumed run writes its own in place of those after its checkpoint."""
-    if not file.exists():
-        return []
-    with file.open(newline="") as stream:
-        rows = list(csv.DictReader(stream, restkey="", restval=""))
-    return [row for row in rows if row.get("epoch", "").isdigit() and int(row["epoch"]) < epoch]
-
-
-def _fit(trainee: _Trainee, plan: Recipe, checkpoint: Path, processes: int) -> None:
+def _fit(trainee: _Trainee, plan: Recipe, output: Path, processes: int) -> None:
     """Train, from the checkpoint where there is one."""
     terminal = sys.stdout.isatty()
-    output = checkpoint.parent
+    checkpoint = output / _CHECKPOINT
+
+    def measure() -> Metrics:
+        return evaluate(trainee.task, trainee.model)
+
     callbacks: list[Callback] = [
-        ModelCheckpoint(output, filename="last", save_top_k=1, enable_version_counter=False, every_n_epochs=1),
-        _Lines(output / "history.csv", plan.run.evaluate_every, plain=not terminal),
+        ModelCheckpoint(output, filename=checkpoint.stem, save_top_k=1, enable_version_counter=False, every_n_epochs=1),
+        Lines(output / "history.csv", plan.run.evaluate_every, measure, plain=not terminal),
     ]
     if terminal:
         callbacks.append(TQDMProgressBar(refresh_rate=5))

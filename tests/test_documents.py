@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jointsparse.frontends import shipped
+from jointsparse.frontends.recipe import read_recipe
 from tests.frontends.onnx_models import two_convolutions, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +40,6 @@ def _blocks(document: Path, language: str) -> list[str]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the documents' commands start from."""
     from PIL import Image
-
-    from jointsparse.frontends import shipped
 
     write(two_convolutions(sparsity=0.0), tmp_path / "model.onnx")
     shutil.copy(shipped.weights("ct_srcnn_x3"), tmp_path)
@@ -80,6 +80,15 @@ def test_commands(document: Path, folder: Path) -> None:
                 assert words[0] in ("jointsparse", "tvmc"), line
             done = subprocess.run(words, env={**os.environ, "PATH": path}, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_of_recipes(document: Path, tmp_path: Path) -> None:
+    """Each may be added to a recipe, and is read."""
+    for block in _blocks(document, "toml"):
+        recipe = tmp_path / "recipe.toml"
+        recipe.write_text(shipped.find_recipe("ct_srcnn_x3").read_text() + block)
+        read_recipe(recipe)
 
 
 def test_files_that_the_documents_point_at_exist() -> None:

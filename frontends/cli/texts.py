@@ -5,7 +5,7 @@ APP = """Train, compress and deploy CNNs that are sparse in the spatial and in t
 Exit codes: 0 done; 1 the input or the environment is at fault, one line on standard error says what; 2 wrong usage."""
 
 DEMO = "Fine-tune, compress, compile and run CT-SRCNN on photographs; prints one table. A few minutes."
-TRAIN = "Train by a recipe; leaves the weights and the measured results in a folder."
+TRAIN = "Train by a recipe; leaves the weights, the measured results and, quantised, one .jsm file in a folder."
 COMPRESS = "Prune, quantise and code a model into one .jsm file."
 DECOMPRESS = "Turn a .jsm file into ONNX."
 INSPECT = "Say what a .jsm file holds: per layer, shape, sparsity in both domains, bits per weight, bytes."
@@ -20,7 +20,7 @@ OUTPUT_FILE = "File to write; replaced only when the work has succeeded."
 
 RECIPE = "A recipe in TOML, or the name of one that ships with the package."
 DATA = "Folder or archive with the data that the recipe names."
-RESUME = "Go on from the last checkpoint in the output folder."
+RESUME = "Go on from the last checkpoint in the output folder; where the run has finished, print its results."
 SET = "Change a value of the recipe; may be repeated."
 PROCESSES = "Processes that share every batch."
 WEIGHTS = "Weights to start from, a state dict: .safetensors or .pt."

@@ -40,8 +40,11 @@ def show_written(path: Path) -> None:
 
 def show_training(results: Mapping[str, Any], output: Path) -> None:
     """What was measured: a line for each build, a column for each test set."""
-    builds = {"baseline": "bicubic", "before": "before", "dense": "dense", "spatial": "spatial", "winograd": "Winograd"}
-    rows = {label: results[key] for key, label in builds.items() if results.get(key)}
+    builds = {"dense": "dense", "spatial": "spatial", "winograd": "Winograd"}
+    quantised = results.get("quantised", {})
+    rows = {label: results[key] for key, label in {"baseline": "bicubic", "before": "before"}.items() if results[key]}
+    rows |= {label: results[key] for key, label in builds.items() if key in results}
+    rows |= {f"{label}, quantised": quantised[key] for key, label in builds.items() if key in quantised}
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
@@ -50,6 +53,8 @@ def show_training(results: Mapping[str, Any], output: Path) -> None:
     for label, metrics in rows.items():
         table.add_row(label, *(f"{metrics[name]:.2f}" if name in metrics else "" for name in names))
     Console().print(table)
+    if quantised:
+        print(f"{output / 'model.jsm'}: {quantised['file_bytes']:,} bytes, ratio {quantised['ratio']:.1f}")
     print(f"weights and figures are in {output}")
 
 

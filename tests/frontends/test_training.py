@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from jointsparse.frontends import training
+from jointsparse.frontends import inspect, training
 from jointsparse.frontends.errors import InputError
+from jointsparse.frontends.model_file import read_model
 from jointsparse.frontends.networks import build
 from jointsparse.frontends.recipe import read_recipe
 from jointsparse.frontends.training import train
@@ -115,8 +117,63 @@ def test_a_sparse_run_from_recipe_to_results(tmp_path: Path, data: Path) -> None
     zeros = sum(int((w == 0).sum()) for w in kernels) / sum(w.numel() for w in kernels)
     assert 0.6 <= zeros < 0.62
     assert set(results["winograd_spec"]) == {"conv0.weight", "conv1.weight", "conv2.weight"}
-    names = {"model.safetensors", "results.json", "last.ckpt", "history.csv"}
+    names = {"model.safetensors", "results.json", "history.csv"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+@pytest.mark.parametrize("tuning_steps", [0, 8])
+def test_a_quantised_run_ends_in_one_file(tmp_path: Path, data: Path, tuning_steps: int) -> None:
+    """The file holds the weights of model.safetensors, few values in all, and is measured as it is."""
+    table = f"[quantisation]\nbits = 5\ntuning_steps = {tuning_steps}\n"
+    output = tmp_path / "out"
+    results = train(write(tmp_path / "recipe.toml", SUPER_RESOLUTION + table), data, output)
+    assert results == json.loads((output / "results.json").read_text())
+    quantised = results["quantised"]
+    assert {"spatial", "winograd", "winograd_spec", "entropy"} <= set(quantised)
+    assert 2 < quantised["levels"] <= 31
+    assert quantised["file_bytes"] == (output / "model.jsm").stat().st_size
+    weights = {t.name: numpy_helper.to_array(t) for t in read_model(output / "model.jsm").graph.initializer}
+    state = load_file(output / "model.safetensors")
+    kernels = [key for key in state if key.endswith("weight")]
+    for key in state:
+        np.testing.assert_array_equal(weights[key], state[key].numpy())
+    values = np.unique(np.concatenate([weights[key].ravel() for key in kernels]))
+    assert len(values) == quantised["levels"]
+    multiples = np.isin(values, (np.rint(values / quantised["step"]) * quantised["step"]).astype(np.float32))
+    assert multiples.all() == (tuning_steps == 0), "fine-tuning moves the values of the codes"
+    zeros = sum(int((weights[key] == 0).sum()) for key in kernels) / sum(weights[key].size for key in kernels)
+    assert zeros >= 0.6
+    info = inspect(output / "model.jsm")
+    assert info.spatial_sparsity == pytest.approx(zeros)
+    assert info.winograd_sparsity is not None
+    assert info.winograd_sparsity >= 0.6
+
+
+def test_a_dense_classifier_is_quantised_with_dither(tmp_path: Path, data: Path) -> None:
+    table = "[quantisation]\nstep = 0.02\ndither = true\ntuning_steps = 3\n"
+    recipe = write(tmp_path / "recipe.toml", CLASSIFICATION + table)
+    results = train(recipe, data, tmp_path / "out", overrides={"run.epochs": 4})
+    assert results["quantised"]["step"] == pytest.approx(0.02)
+    assert 0 <= results["quantised"]["dense"]["test"] <= 100
+    info = inspect(tmp_path / "out" / "model.jsm")
+    assert all(layer.dithered for layer in info.layers)
+    assert info.winograd_sparsity is None
+
+
+def test_a_finished_run_is_never_overwritten(tmp_path: Path, data: Path) -> None:
+    recipe = write(tmp_path / "recipe.toml", CLASSIFICATION)
+    output = tmp_path / "out"
+    results = train(recipe, data, output, overrides={"run.epochs": 1})
+    weights = (output / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="a finished run lies there"):
+        train(recipe, data, output, overrides={"run.epochs": 1})
+    with pytest.raises(InputError, match="another recipe"):
+        train(recipe, data, output, resume=True)
+    assert train(recipe, tmp_path / "no data are read", output, resume=True, overrides={"run.epochs": 1}) == results
+    assert (output / "model.safetensors").read_bytes() == weights
+    (output / "results.json").write_text("[1]")
+    with pytest.raises(InputError, match="not the results of a run"):
+        train(recipe, data, output, resume=True)
 
 
 def test_winograd_alone_is_measured_before_spatial_pruning(tmp_path: Path, data: Path) -> None:
@@ -129,24 +186,29 @@ def test_winograd_alone_is_measured_before_spatial_pruning(tmp_path: Path, data:
     assert results["spatial"]["photos"] != pytest.approx(trained, abs=1e-3)
 
 
-def test_a_killed_run_resumes_exactly(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = write(tmp_path / "recipe.toml", SUPER_RESOLUTION)
-    train(recipe, data, tmp_path / "whole")
+def kill(monkeypatch: pytest.MonkeyPatch, recipe: Path, data: Path, output: Path, epoch: int, step: int) -> None:
+    """Train until the given step."""
 
     class Killed(Exception):
         pass
 
-    step = training._Trainee.training_step
+    whole_step = training._Trainee.training_step
 
-    def dies(self: training._Trainee, batch: object, index: int) -> torch.Tensor:
-        if self.current_epoch == 2 and index == 5:
+    def dies(self: training._Trainee, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+        if self.current_epoch == epoch and index == step:
             raise Killed
-        return step(self, batch, index)
+        return whole_step(self, batch, index)
 
-    monkeypatch.setattr(training._Trainee, "training_step", dies)
-    with pytest.raises(Killed):
-        train(recipe, data, tmp_path / "parts")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Trainee, "training_step", dies)
+        with pytest.raises(Killed):
+            train(recipe, data, output)
+
+
+def test_a_killed_run_resumes_exactly(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write(tmp_path / "recipe.toml", SUPER_RESOLUTION)
+    train(recipe, data, tmp_path / "whole")
+    kill(monkeypatch, recipe, data, tmp_path / "parts", epoch=2, step=5)
     with pytest.raises(InputError, match="--resume"):
         train(recipe, tmp_path / "no data are read", tmp_path / "parts")
     train(recipe, data, tmp_path / "parts", resume=True)
@@ -155,10 +217,12 @@ def test_a_killed_run_resumes_exactly(tmp_path: Path, data: Path, monkeypatch: p
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
-def test_checkpoints_that_cannot_be_resumed_are_refused_in_one_line(tmp_path: Path, data: Path) -> None:
+def test_checkpoints_that_cannot_be_resumed_are_refused_in_one_line(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = write(tmp_path / "recipe.toml", CLASSIFICATION)
     output = tmp_path / "out"
-    train(recipe, data, output, overrides={"run.epochs": 1})
+    kill(monkeypatch, recipe, data, output, epoch=1, step=0)
     checkpoint = output / "last.ckpt"
     whole = checkpoint.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"hello"):
@@ -186,14 +250,15 @@ def test_a_dense_classification_run_learns(tmp_path: Path, data: Path, capsys: p
 
 def test_two_processes_share_every_batch(tmp_path: Path, data: Path) -> None:
     """The same weights as one process would make, up to rounding: the batch is shared out, not doubled."""
-    recipe = write(tmp_path / "recipe.toml", SUPER_RESOLUTION.replace("epochs = 3", "epochs = 1"))
+    table = "[quantisation]\nbits = 12\ntuning_steps = 2\n"
+    recipe = write(tmp_path / "recipe.toml", SUPER_RESOLUTION.replace("epochs = 3", "epochs = 1") + table)
     train(recipe, data, tmp_path / "one")
-    program = write(
-        tmp_path / "program.py",  # Lightning starts the second process by running the program again.
-        "import sys; from pathlib import Path; from jointsparse.frontends.training import train\n"
-        "r, d, o = map(Path, sys.argv[1:]); train(r, d, o, processes=2)",
-    )
-    subprocess.run([sys.executable, program, recipe, data, tmp_path / "two"], check=True, timeout=300)
+    # Lightning starts the second process by running the command again.
+    script = Path(sys.executable).with_name("jointsparse")
+    command = [script, "train", recipe, "--data", data, "--output", tmp_path / "two", "--processes", "2"]
+    done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    assert done.stdout.count("weights and figures are in") == 1
+    assert done.stdout.count("Winograd, quantised") == 1
     one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0.05, atol=2e-3)
@@ -223,6 +288,11 @@ def test_shipped_recipes_are_sound() -> None:
         ("[optimiser]", "[optimizer]", r"\[optimizer\]"),
         ("ramp = 0.3", "ramp = 1.5", "share"),
         ("spatial = 0.6", "spatial = 1", "below 1"),
+        ("prune_spatial = 0.6\nprune_winograd = 0.6", "prune_spatial = 0\nprune_winograd = 0", "both 0"),
+        ("[sparsity]", "[quantisation]\nbits = 40\n[sparsity]", "40 bits"),
+        ("[sparsity]", "[quantisation]\nbits = 4\nstep = 0.1\n[sparsity]", "contradict"),
+        ("[sparsity]", "[quantisation]\nstep = -0.1\n[sparsity]", "step -0.1"),
+        ("[sparsity]", "[quantisation]\ntuning_steps = -1\n[sparsity]", "at least 0"),
         ("[run]", "[run", "not a TOML file"),
         ('name = "vdsr"', 'name = "vgg"', "unknown network"),
         ("patch = 16", "patch = 64", "smaller patch"),
