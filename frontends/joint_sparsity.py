@@ -1,18 +1,18 @@
 """The joint-sparsity objective: one set of filters that can be pruned in the spatial and in the Winograd domain.
 
-After Choi, El-Khamy, Lee, "Compression of deep convolutional neural networks under joint sparsity constraints"
-(arXiv 1805.08303). Only the spatial filters w are trained. Two regularisers pull the magnitudes that pruning will
-remove towards zero, each in its own domain:
+The idea is that of Choi, El-Khamy, Lee, "Compression of deep convolutional neural networks under joint sparsity
+constraints" (arXiv 1805.08303): one compressed model whose filters are sparse in both domains. The formulas are this
+project's. Only the spatial filters w are trained. Two regularisers pull the magnitudes that pruning will remove towards
+zero, each in its own domain:
 
     R_SD = 1/E_SD sum_l || w_l 1{|w_l| <= t_SD} ||^2            R_WD = 1/E_WD sum_l || U_l 1{|U_l| <= t_WD} ||^2
     cost = loss + sum_D  c exp(z_D) (R_D + e) - c z_D,          U = G w G^T,  c = alpha * loss scale
 
 with learnable z_SD, z_WD: a coefficient c exp(z) grows until exp(z) R = 1, so that minimising over z leaves c log R.
-The thresholds t are the quantiles of the magnitudes over all layers together and follow the weights. What differs from
-the paper: R is divided by the energy E of its whole domain (the paper: by the number of weights), so that both live on
-one scale and R is the share of the energy that pruning would remove; z is counted from log c; c follows the scale of
-the loss; the floor e bounds the coefficients, for an R far below it is not worth its price in loss; the target
-sparsities may rise over the first steps.
+The thresholds t are the quantiles of the magnitudes over all layers together and follow the weights. R is divided by
+the energy E of its whole domain, so that both live on one scale and R is the share of the energy that pruning would
+remove; z is counted from log c; c follows the scale of the loss; the floor e bounds the coefficients, for an R far
+below it is not worth its price in loss; the target sparsities may rise over the first steps.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..schedules.winograd import KERNELS, TILES, transform
+from ..schedules.winograd import KERNELS, transform
 from ..schedules.winograd_pruning import WinogradPruning, magnitudes
 from .errors import InputError
 from .quantization import check_plain_weight
+from .ranges import check_sparsity, check_tile
 from .winograd_spec import separating_threshold
 
 __all__ = ["DOMAINS", "JointSparsity", "histogram_quantile"]
@@ -75,7 +76,7 @@ class JointSparsity(nn.Module):
         tile: output tile size of F(tile x tile, r x r), 2 or 4; or a mapping from layer names to it, which leaves the
             layers that it does not name to the spatial domain.
         weighted: compare and penalise Winograd weights multiplied by how much each tile position changes the output
-            (``Transform.importance``), instead of raw magnitudes (the paper's mode).
+            (``Transform.importance``), instead of raw magnitudes.
         alpha: strength, relative to the scale of the loss.
         floor: e above; alpha / floor bounds the coefficients, relative to the loss. Where the bound is high the last of
             R is forced out at the price of the loss, where it is low pruning makes an error: for CT-SRCNN (Adam, 1600
@@ -303,9 +304,8 @@ class JointSparsity(nn.Module):
 
 
 def _check(spatial: float, winograd: float, alpha: float, floor: float, speed: float, ramp: int, refresh: int) -> None:
-    for name, value in (("spatial", spatial), ("winograd", winograd)):
-        if not 0 <= value < 1:
-            raise InputError(f"{name}={value}: a sparsity is at least 0 and below 1")
+    check_sparsity(spatial, "spatial")
+    check_sparsity(winograd, "Winograd")
     if not spatial and not winograd:
         raise InputError("spatial and winograd are both 0: nothing is left to make sparse")
     if not (alpha > 0 and floor > 0 and speed > 0) or ramp < 0 or refresh < 1:
@@ -315,8 +315,8 @@ def _check(spatial: float, winograd: float, alpha: float, floor: float, speed: f
 def _find_layers(model: nn.Module, tile: int | Mapping[str, int], exclude: frozenset[str]) -> Iterable[_Layer]:
     """Layers with weights, each weight once however often the model uses it."""
     sizes = tile.values() if isinstance(tile, Mapping) else (tile,)
-    if wrong := [size for size in sizes if size not in TILES]:
-        raise InputError(f"tile={wrong[0]}: choose one of {', '.join(map(str, TILES))}")
+    for given in sizes:
+        check_tile(given)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))}
     named = set(tile) if isinstance(tile, Mapping) else set()
     if unknown := (named | exclude) - set(modules):
@@ -356,7 +356,7 @@ def _mean_over_processes(value: Tensor) -> Tensor:
 
 class _PrunedEnergy(torch.autograd.Function):
     """Energy of the entries of V = rows @ matrix with |V| <= threshold; its gradient is 2 (V 1{|V| <= threshold})
-    matrix^T, the paper's G^T [(G w G^T) * mask] G. Three passes over V, of which only the pruned part is kept.
+    matrix^T, for a filter 2 G^T [(G w G^T) * mask] G. Three passes over V, of which only the pruned part is kept.
     """
 
     @staticmethod

@@ -25,7 +25,7 @@ class CTSRCNN(nn.Module):
     training a matter of minutes; the convolutions are the same.
 
     Reference: Ren, El-Khamy, Lee, "CT-SRCNN: cascade trained and trimmed deep convolutional neural networks for image
-    super resolution"; compressed in Choi, El-Khamy, Lee, arXiv 1805.08303. The layers' sizes are this project's choice.
+    super resolution"; compressed in Choi, El-Khamy, Lee, arXiv 1805.08303.
     """
 
     KERNELS = (9, 5, 3, 3, 3, 3, 3, 3, 5)

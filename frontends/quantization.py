@@ -1,9 +1,9 @@
 """Universal quantisation: one uniform step for every weight of a network, with or without a shared dither.
 
-After Choi, El-Khamy, Lee, arXiv 1805.08303 and "Universal deep neural network compression", arXiv 1802.02271. A weight
-w becomes the integer code ``round((w + u) / step)``, where u is nought or pseudo-random, uniform in [-step/2, step/2)
-and known to the decoder, which gives back ``code * step - u``; code 0 gives 0, so that zeros stay zero. Fine-tuning
-moves the value of each code by the average gradient of its members.
+The idea is that of Choi, El-Khamy, Lee, arXiv 1805.08303 and "Universal deep neural network compression", arXiv
+1802.02271. Here a weight w becomes the integer code ``round((w + u) / step)``, where u is nought or pseudo-random,
+uniform in [-step/2, step/2) and known to the decoder, which gives back ``code * step - u``; code 0 gives 0, so that
+zeros stay zero. Fine-tuning moves the value of each code by the average gradient of its members.
 
 The core needs numpy only; torch is imported by the functions that take a model.
 """

@@ -332,8 +332,8 @@ def test_shared_weights_count_once() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"spatial": 1.0}, "below 1"),
-        ({"winograd": -0.1}, "at least 0"),
+        ({"spatial": 1.0}, "spatial sparsity 1.0"),
+        ({"winograd": -0.1}, "Winograd sparsity -0.1"),
         ({"spatial": 0, "winograd": 0}, "nothing is left"),
         ({"tile": 3}, "choose one of 2, 4"),
         ({"tile": {"6": 4}}, "no 3x3 or 5x5"),
