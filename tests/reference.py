@@ -58,9 +58,10 @@ def winograd(
 
 
 def relative_rms(result: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
-    """Root mean square of the difference over that of the expected; 0 when both are zero throughout."""
-    difference = float(np.sqrt(np.mean((np.asarray(result, np.float64) - expected) ** 2)))
-    return difference / float(np.sqrt(np.mean(np.asarray(expected, np.float64) ** 2))) if difference else 0.0
+    """Root mean square of the difference over that of the expected; undivided where nothing but zeros is expected."""
+    assert result.shape == expected.shape
+    difference, scale = (float(np.sqrt(np.mean(np.square(a, dtype=np.float64)))) for a in (result - expected, expected))
+    return difference / scale if scale else difference
 
 
 def _by_group(weight: NDArray[np.floating], geometry: ConvGeometry) -> Array:

@@ -1,4 +1,4 @@
-"""Small models, fp64 references and a runner for the tests of the passes."""
+"""Importing, pruning and running small networks, for the tests of the passes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tvm.contrib import graph_executor
 
 from jointsparse.passes import sparsify
 from jointsparse.passes.plan import Plan
+from tests.reference import relative_rms
 
 HOST = f"llvm -mcpu={tvm.target.codegen.llvm_get_system_cpu()}"
 
@@ -31,7 +32,7 @@ def import_torch(net: nn.Module, shape: tuple[int, ...]) -> tuple[tvm.IRModule, 
     return relay.frontend.from_pytorch(traced, [("x", shape)], preserve_pytorch_scopes=True)
 
 
-def reference(net: nn.Module, x: NDArray[Any]) -> NDArray[np.float64]:
+def in_fp64(net: nn.Module, x: NDArray[Any]) -> NDArray[np.float64]:
     """The network's output in fp64."""
     with torch.no_grad():
         output = net.eval().double()(torch.from_numpy(x.astype(np.float64))).numpy()
@@ -51,13 +52,6 @@ def build_and_run(mod: tvm.IRModule, params: Mapping[str, Any], x: NDArray[Any],
     executor.set_input("x", x)
     executor.run()
     return executor.get_output(0).numpy()
-
-
-def relative_rms(result: NDArray[Any], expected: NDArray[Any]) -> float:
-    assert result.shape == expected.shape
-    if not expected.any():
-        return float(np.abs(result).max())
-    return float(np.sqrt(np.mean((result - expected) ** 2) / np.mean(np.square(expected, dtype=np.float64))))
 
 
 def prune(net: nn.Module, sparsity: float) -> nn.Module:
@@ -92,5 +86,5 @@ def check_domain(net: nn.Module, shape: tuple[int, ...], domain: str, target: st
     x = data(shape)
     result, left, plan = sparsify(mod, params, target, domain, **options)
     assert left == {}
-    assert relative_rms(build_and_run(result, left, x, target), reference(net, x)) < TOLERANCE[domain]
+    assert relative_rms(build_and_run(result, left, x, target), in_fp64(net, x)) < TOLERANCE[domain]
     return plan

@@ -17,8 +17,10 @@ from tvm.relay import testing
 from jointsparse.passes import sparsify
 from jointsparse.passes.convolutions import find_convolutions
 from jointsparse.passes.plan import TILE
+from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.winograd import transform
 from jointsparse.schedules.winograd_pruning import ATTRIBUTE, WinogradPruning, separating_threshold
+from tests import reference
 from tests.passes import networks
 from tests.passes.relay_nets import (
     HOST,
@@ -27,11 +29,11 @@ from tests.passes.relay_nets import (
     check_domain,
     data,
     import_torch,
+    in_fp64,
     prune,
-    reference,
-    relative_rms,
     settle,
 )
+from tests.reference import relative_rms
 
 SPARSE_DOMAINS = ["spatial", "winograd"]
 
@@ -109,21 +111,6 @@ def test_batch_norm_as_parameters_before_and_after_convolutions(domain):
 # --- pruning in the Winograd domain -----------------------------------------------------------------------------------
 
 
-def winograd_reference(x, winograd_weight, tile, size, padding):
-    """fp64 convolution of (1, C, H, W) by Winograd weights (K, C, n, n), tiles from output (0, 0)."""
-    at, _, bt = transform(tile, size).arrays()
-    height, width = (x.shape[axis] + 2 * padding - size + 1 for axis in (2, 3))
-    rows, cols = -(-height // tile), -(-width // tile)
-    n = tile + size - 1
-    padded = np.zeros((x.shape[1], rows * tile + size - 1, cols * tile + size - 1))
-    padded[:, padding : padding + x.shape[2], padding : padding + x.shape[3]] = x[0]
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (n, n), (1, 2))[:, ::tile, ::tile]
-    transformed = np.einsum("ui,cyxij,vj->cyxuv", bt, windows, bt)
-    products = np.einsum("kcuv,cyxuv->kyxuv", winograd_weight, transformed)
-    outputs = np.einsum("iu,kyxuv,jv->kyixj", at, products, at)
-    return outputs.reshape(1, -1, rows * tile, cols * tile)[:, :, :height, :width]
-
-
 @pytest.mark.parametrize(("tile", "size"), [(2, 3), (4, 3), (4, 5)])
 def test_a_pruned_layer_computes_the_pruned_function(tile, size):
     """Not the dense one: the tile grid is part of the function."""
@@ -133,12 +120,13 @@ def test_a_pruned_layer_computes_the_pruned_function(tile, size):
     (layer,) = plan
     assert layer.winograd_sparsity[layer.kernel] == pytest.approx(0.7, abs=0.001)
     x = data((1, 6, 23, 18))
-    expected = reference(net, x)
+    expected = in_fp64(net, x)
     output = build_and_run(result, left, x)
     dense = transform(tile, size).filters(net[0].weight.detach().numpy())
     magnitude = np.abs(dense) * transform(tile, size).importance()
     pruned = np.where(magnitude <= separating_threshold(magnitude, 0.7), 0, dense)
-    assert relative_rms(output, winograd_reference(x.astype(np.float64), pruned, tile, size, 1)) < TOLERANCE["winograd"]
+    geometry = ConvGeometry(1, 6, 23, 18, 10, (size, size), padding=(1, 1, 1, 1))
+    assert relative_rms(output, reference.winograd(x, pruned, geometry, tile)) < TOLERANCE["winograd"]
     assert relative_rms(output, expected) > 0.1
 
 
@@ -155,7 +143,8 @@ def test_thresholds_of_the_model_hold_with_batch_norm_in_relay():
     pruned = WinogradPruning(4, tuple(threshold), False).filters(weight)
     assert 0.1 < np.mean(pruned == 0) < 0.9
     assert plan["0"].winograd_sparsity == {"winograd_f4": np.mean(pruned == 0)}
-    convolved = torch.from_numpy(winograd_reference(x.astype(np.float64), pruned, 4, 3, 1))
+    geometry = ConvGeometry(1, 5, 14, 14, 8, (3, 3), padding=(1, 1, 1, 1))
+    convolved = torch.from_numpy(reference.winograd(x, pruned, geometry, 4))
     expected = norm.double()(convolved).detach().numpy()
     assert relative_rms(build_and_run(result, left, x), expected) < TOLERANCE["winograd"]
 
