@@ -1,6 +1,6 @@
 """Measure the kernels on this machine and fit the cost model's coefficients.
 
-    TVM_NUM_THREADS=1 python benchmarks/calibrate_costs.py [--target "llvm -mcpu=..."] [--json FILE | --fit FILE]
+    python benchmarks/calibrate_costs.py [--target "llvm -mcpu=..."] [--json FILE | --fit FILE]
 
 Each kernel runs alone, as a library of one convolution with ReLU, on one thread; the figure is the least processor time
 of many runs, because whatever else the machine does only ever adds to it. The fit is by non-negative least squares of
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("TVM_NUM_THREADS", "1")
+os.environ["TVM_NUM_THREADS"] = "1"
 os.environ.setdefault("TOPHUB_LOCATION", "NONE")
 
 import numpy as np

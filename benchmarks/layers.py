@@ -3,8 +3,8 @@
     python benchmarks/layers.py [--sparsity 0.8 0.9] [--target "llvm -mcpu=..."] [--only NAME ...] [--json]
 
 Every layer has bias and ReLU. Milliseconds are the least processor time of many runs, so that other programs on the
-machine disturb little. "G/s" is useful work: multiplications by
-non-zeros, 1e9 a second. Sparse weights are random, pruned by magnitude in the domain in which they are used.
+machine disturb little. "G/s" is useful work: multiplications by non-zeros, 1e9 a second. Sparse weights are random,
+pruned in the domain in which they are used: by magnitude, for Winograd weighted by what it changes of the output.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 os.environ["TVM_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -30,7 +32,7 @@ from tvm.contrib import graph_executor
 
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd, why_not_winograd
-from jointsparse.schedules.winograd import transform
+from jointsparse.schedules.winograd_pruning import WinogradPruning, magnitudes, separating_threshold
 
 
 def layer(
@@ -83,6 +85,12 @@ def prune(weight: NDArray[np.float64], sparsity: float) -> NDArray[np.float32]:
     return (weight * kept).astype(np.float32)
 
 
+def prune_winograd(weight: NDArray[np.float64], m: int, sparsity: float) -> NDArray[np.float32]:
+    """Winograd weights, pruned as `sparsify` does."""
+    threshold = separating_threshold(magnitudes(weight, m, weighted=True), sparsity)
+    return WinogradPruning(m, threshold, weighted=True).filters(weight).astype(np.float32)
+
+
 def tvm_seconds(
     geometry: ConvGeometry, convolution: Callable[[relay.Expr], relay.Expr], target: str, data: NDArray[np.float32]
 ) -> float:
@@ -97,7 +105,11 @@ def tvm_seconds(
 
 
 def onnxruntime_seconds(geometry: ConvGeometry, weight: NDArray[np.float32], data: NDArray[np.float32]) -> float:
-    attributes = {"pads": geometry.padding, "strides": geometry.strides, "kernel_shape": geometry.kernel}
+    attributes: dict[str, Any] = {
+        "pads": geometry.padding,
+        "strides": geometry.strides,
+        "kernel_shape": geometry.kernel,
+    }
     graph = helper.make_graph(
         [helper.make_node("Conv", ["x", "w", "b"], ["c"], **attributes), helper.make_node("Relu", ["c"], ["y"])],
         "layer",
@@ -142,18 +154,18 @@ def measure(name: str, sparsities: list[float], target: str) -> list[Row]:
     ]
     for sparsity in sparsities:
         spatial = prune(weight, sparsity)
-        seconds = tvm_seconds(geometry, lambda x, w=spatial: conv2d_sparse_direct(x, w, geometry, target), target, data)
+        direct = partial(conv2d_sparse_direct, weight=spatial, geometry=geometry, target=target)
+        seconds = tvm_seconds(geometry, direct, target, data)
         pixels = geometry.out_height * geometry.out_width
-        rows.append(row("direct", sparsity, seconds, np.count_nonzero(spatial) * pixels))
+        rows.append(row("direct", sparsity, seconds, int(np.count_nonzero(spatial)) * pixels))
         for m in (2, 4):
             if why_not_winograd(geometry, m):
                 continue
-            pruned = prune(transform(m, geometry.kernel[0]).filters(weight), sparsity)
-            seconds = tvm_seconds(
-                geometry, lambda x, u=pruned, m=m: conv2d_sparse_winograd(x, u, geometry, m), target, data
-            )
+            pruned = prune_winograd(weight, m, sparsity)
+            winograd = partial(conv2d_sparse_winograd, winograd_weight=pruned, geometry=geometry, m=m)
+            seconds = tvm_seconds(geometry, winograd, target, data)
             tiles = -(-geometry.out_height // m) * -(-geometry.out_width // m)
-            rows.append(row(f"Winograd F({m}x{m})", sparsity, seconds, np.count_nonzero(pruned) * tiles))
+            rows.append(row(f"Winograd F({m}x{m})", sparsity, seconds, int(np.count_nonzero(pruned)) * tiles))
     return rows
 
 
