@@ -123,14 +123,14 @@ def run_demo(output: Path, settings: Settings = Settings(), progress: Progress =
         settings: see Settings. progress: told the name of each stage as it starts.
 
     Raises:
-        InputError: if `output` is not a folder, or scikit-image's photographs are missing.
+        InputError: if `output` is not a folder, scikit-image's photographs are missing, or TVM_NUM_THREADS is no
+            number.
     """
     import torch
 
     _make_folder(output)
     torch.manual_seed(0)
-    # TVM by itself takes half of the cores, in case they are hyper-threads; torch counts the real ones.
-    os.environ["TVM_NUM_THREADS"] = str(torch.get_num_threads())
+    threads = _set_threads()
     pair, colour = _test_photo(settings.crop)
     example = torch.from_numpy(pair.low)[None, None]
 
@@ -153,7 +153,7 @@ def run_demo(output: Path, settings: Settings = Settings(), progress: Progress =
         progress(f"compiling for {target}: {domain}")
         plans[domain] = compile_model(source, target, output / f"{domain}.tar", domain=domain)
     progress("running on a photograph never trained on")
-    images, times = _run_builds(output, pair.low, settings.repeat)
+    images, times = _run_builds(output, pair.low, settings.repeat, threads)
     _draw(output, pair, colour, images)
     pixels = pair.low.size
     dense_bytes = (output / "dense.onnx").stat().st_size
@@ -166,7 +166,7 @@ def run_demo(output: Path, settings: Settings = Settings(), progress: Progress =
     result = DemoResult(
         rows=tuple(rows),
         shape=(pair.low.shape[0], pair.low.shape[1]),
-        threads=_threads(),
+        threads=threads,
         target=target,
         sparsities={"spatial": info.spatial_sparsity, "winograd": info.winograd_sparsity or 0.0},
         folder=output,
@@ -291,10 +291,11 @@ def _test_photo(crop: tuple[int, int] | None) -> tuple[data.Pair, Image]:
 # --- builds ----------------------------------------------------------------------------------------------------------
 
 
-def _run_builds(folder: Path, low: Image, repeat: int) -> tuple[dict[str, Image], dict[str, float]]:
+def _run_builds(folder: Path, low: Image, repeat: int, threads: int) -> tuple[dict[str, Image], dict[str, float]]:
     """Output image and milliseconds of the fastest run, by build. The engines take turns, so that both see the same
     machine."""
-    engines: dict[str, Callable[[Any, int], tuple[Image, float]]] = {"onnxruntime": _onnxruntime(folder / "dense.onnx")}
+    onnxruntime = _onnxruntime(folder / "dense.onnx", threads)
+    engines: dict[str, Callable[[Any, int], tuple[Image, float]]] = {"onnxruntime": onnxruntime}
     for domain in ("dense", "spatial", "winograd", "auto"):
         engines[domain] = _package(folder / f"{domain}.tar")
     images, times = {}, dict.fromkeys(engines, math.inf)
@@ -314,11 +315,11 @@ def _package(path: Path) -> Callable[[Any, int], tuple[Image, float]]:
     return run
 
 
-def _onnxruntime(path: Path) -> Callable[[Any, int], tuple[Image, float]]:
+def _onnxruntime(path: Path, threads: int) -> Callable[[Any, int], tuple[Image, float]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = _threads()
+    options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
@@ -334,11 +335,17 @@ def _onnxruntime(path: Path) -> Callable[[Any, int], tuple[Image, float]]:
     return run
 
 
-def _threads() -> int:
-    """Threads of every engine."""
+def _set_threads() -> int:
+    """Threads of every engine: TVM_NUM_THREADS if it is set, else as many as torch takes.
+
+    TVM by itself takes half of the cores, in case they are hyper-threads; torch counts the real ones.
+    """
     import torch
 
-    return torch.get_num_threads()
+    given = os.environ.setdefault("TVM_NUM_THREADS", str(torch.get_num_threads()))
+    if not given.isdecimal() or int(given) < 1:
+        raise InputError(f"TVM_NUM_THREADS is {given!r}; set it to a number of threads, or not at all")
+    return int(given)
 
 
 def _multiplications(plan: Plan) -> float:

@@ -146,7 +146,9 @@ def _finish(trainee: _Trainee, pruner: JointSparsity | None, output: Path) -> di
     results = builds.measure_pruned(task, model, plan, pruner)
     if plan.quantisation is None:
         return results
-    trainee.to(trainee.trainer.strategy.root_device)
+    device = trainee.trainer.strategy.root_device
+    # The tuner sums in float64, which not every accelerator has.
+    trainee.to(device if device.type == "cuda" else "cpu")
     quantization = builds.quantise_and_tune(model, trainee.objective, task, plan)
     trainee.cpu()
     quantised = builds.measure_quantised(task, model, quantization, pruner)

@@ -41,9 +41,9 @@ def show_written(path: Path) -> None:
 def show_training(results: Mapping[str, Any], output: Path) -> None:
     """What was measured: a line for each build, a column for each test set."""
     builds = {"dense": "dense", "spatial": "spatial", "winograd": "Winograd"}
+    references = {"baseline": "bicubic", "before": "before"}
     quantised = results.get("quantised", {})
-    rows = {label: results[key] for key, label in {"baseline": "bicubic", "before": "before"}.items() if results[key]}
-    rows |= {label: results[key] for key, label in builds.items() if key in results}
+    rows = {label: results[key] for key, label in (references | builds).items() if results.get(key)}
     rows |= {f"{label}, quantised": quantised[key] for key, label in builds.items() if key in quantised}
     table = Table(box=None, pad_edge=False)
     table.add_column("")
