@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -23,12 +23,12 @@ from . import data, shipped
 from .compiling import compile_model
 from .errors import InputError
 from .outputs import replacing
+from .pictures import in_colour, side_by_side, to_pillow
 from .running import package_inputs, run_package
 from .state_dicts import load_weights
 from .target_strings import host_target
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as PillowImage
     from torch import nn
 
     from ..passes.plan import Plan
@@ -362,10 +362,10 @@ def _draw(folder: Path, pair: data.Pair, colour: Image, images: Mapping[str, Ima
     enlarged = np.stack([data.resize(channel, *pair.high.shape) for channel in small], -1)
     pictures: dict[str, NDArray[np.floating]] = {"bicubic": enlarged, "original": colour}
     for build in ("dense", "spatial", "winograd"):
-        pictures[build] = _in_colour(enlarged, images[build] - pair.low)
+        pictures[build] = in_colour(enlarged, images[build] - pair.low)
     for name, picture in pictures.items():
         with replacing(folder / f"{name}.png") as temporary:
-            _to_pillow(picture).save(temporary)
+            to_pillow(picture).save(temporary)
     lumas = {"bicubic": pair.low, **images}
     panels = []
     for name in ("bicubic", "dense", "spatial", "winograd", "original"):
@@ -376,43 +376,7 @@ def _draw(folder: Path, pair: data.Pair, colour: Image, images: Mapping[str, Ima
         )
         panels.append((label, pictures[name]))
     with replacing(folder / "comparison.png") as temporary:
-        _side_by_side(panels).save(temporary)
-
-
-def _in_colour(enlarged: NDArray[np.floating], difference: Image) -> NDArray[np.floating]:
-    """Add a difference of luma to a picture; chroma stays that of the bicubic enlargement, as is the custom."""
-    # BT.601 puts 219 steps of luma where RGB has 255.
-    return enlarged + (255 / 219) * difference[:, :, None]
-
-
-def _side_by_side(panels: Sequence[tuple[str, NDArray[np.floating]]]) -> PillowImage:
-    from PIL import Image as Pillow
-    from PIL import ImageDraw
-
-    top, left, height, width = _detail(panels[0][1])
-    margin, heading = 4, 20
-    sheet = Pillow.new("RGB", ((2 * width + margin) * len(panels) - margin, 2 * height + heading), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (label, picture) in enumerate(panels):
-        detail = _to_pillow(picture[top : top + height, left : left + width])
-        x = index * (2 * width + margin)
-        sheet.paste(detail.resize((2 * width, 2 * height), Pillow.Resampling.NEAREST), (x, heading))
-        draw.text((x, 3), label, fill="black", font_size=13)
-    return sheet
-
-
-def _detail(picture: NDArray[np.floating]) -> tuple[int, int, int, int]:
-    """DETAIL, or all of a picture that is too small to have it."""
-    top, left, height, width = DETAIL
-    if picture.shape[0] < top + height or picture.shape[1] < left + width:
-        return 0, 0, picture.shape[0], picture.shape[1]
-    return DETAIL
-
-
-def _to_pillow(picture: NDArray[np.floating]) -> PillowImage:
-    from PIL import Image as Pillow
-
-    return Pillow.fromarray(np.clip(np.round(picture * 255), 0, 255).astype(np.uint8))
+        side_by_side(panels, DETAIL).save(temporary)
 
 
 def _make_folder(path: Path) -> None:

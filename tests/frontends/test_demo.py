@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -89,15 +88,3 @@ def test_photographs_ship_with_scikit_image() -> None:
     assert demo.TEST_PHOTO not in demo.TRAINING_PHOTOS
     for name in (demo.TEST_PHOTO, *demo.TRAINING_PHOTOS):
         assert min(demo._photo(name).shape[:2]) > 100
-
-
-def test_colour_keeps_chroma_and_gains_the_luma() -> None:
-    from jointsparse.frontends.data import luma
-
-    rng = np.random.default_rng(0)
-    picture = rng.uniform(0.3, 0.7, (8, 8, 3))
-    difference = rng.uniform(-0.1, 0.1, (8, 8)).astype(np.float32)
-    coloured = demo._in_colour(picture, difference)
-    gained = luma((255 * coloured).astype(np.uint8)) - luma((255 * picture).astype(np.uint8))
-    np.testing.assert_allclose(gained, difference, atol=2 / 255)  # both were rounded to 8 bits
-    np.testing.assert_allclose(coloured - coloured[..., :1], picture - picture[..., :1], atol=1e-6)
