@@ -286,11 +286,11 @@ def _check_checkpoint(trainee: _Trainee, path: Path) -> None:
 
 
 def _save_weights(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with replacing(path) as scratch:
-        save_file(state, scratch)
+        scratch.write_bytes(save(state))  # its save_file would make a file that only its owner can read
 
 
 def _write_json(results: Mapping[str, Any], path: Path) -> None:
