@@ -154,12 +154,12 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         raise InputError(f"{path}: cannot read the recipe ({error.strerror or error})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file ({error})") from error
+    known = {f.name for f in dataclasses.fields(Recipe)} - {"table"}
     for name, value in (overrides or {}).items():
         section, _, key = name.partition(".")
-        if not key or not isinstance(table.get(section), dict):
-            raise InputError(f'{path}: cannot set "{name}"; write TABLE.KEY of a table in the recipe')
+        if not key or section not in known or not isinstance(table.setdefault(section, {}), dict):
+            raise InputError(f'{path}: cannot set "{name}"; write TABLE.KEY, TABLE one of {", ".join(sorted(known))}')
         table[section][key] = value
-    known = {f.name for f in dataclasses.fields(Recipe)} - {"table"}
     if unknown := set(table) - known:
         raise InputError(f"{path}: unknown table [{min(unknown)}]; there are {', '.join(sorted(known))}")
     return Recipe(

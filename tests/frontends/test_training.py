@@ -310,11 +310,19 @@ def test_bad_recipes_are_refused_in_one_line(tmp_path: Path, data: Path, old: st
 
 def test_bad_overrides_are_refused(tmp_path: Path) -> None:
     recipe = write(tmp_path / "recipe.toml", CLASSIFICATION)
-    for name in ("epochs", "sparsity.spatial", "run.epoch"):
+    for name in ("epochs", "sparse.spatial", "run.epoch"):
         with pytest.raises(InputError, match=name):
             read_recipe(recipe, {name: 1})
     with pytest.raises(InputError, match="cannot read"):
         read_recipe(tmp_path / "nowhere.toml")
+
+
+def test_an_override_may_add_a_table(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "recipe.toml", CLASSIFICATION)
+    assert read_recipe(recipe).quantisation is None
+    quantisation = read_recipe(recipe, {"quantisation.bits": 6}).quantisation
+    assert quantisation is not None
+    assert quantisation.bits == 6
 
 
 def test_a_removed_output_folder_is_made_anew(tmp_path: Path, data: Path) -> None:
