@@ -6,6 +6,7 @@ It works on a ``ModelProto`` in place and needs neither TVM nor torch.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ Source = str | os.PathLike[str] | ModelProto
 
 # Which input of an operator is a weight, and which are its output and input channel axes.
 _WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
+
+# Lines of TVM's and of Python's stacks, and how the message behind them begins.
+_TRACE = re.compile(r"Traceback|Stack trace|File |\[bt\]|\d+: |-+$")
+_RAISED = re.compile(r"[\w.]*Error:")
 
 
 def read(source: Source) -> tuple[ModelProto, str]:
@@ -256,9 +261,19 @@ def copied(message: Any) -> Any:
 def first_line(error: BaseException) -> str:
     """An exception in one line, for messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # TVM puts its stack trace before the message; the message is the last line then.
-    line = next((x for x in lines if not x.startswith(("Traceback", "File", "[bt]"))), "") or type(error).__name__
+    told = [line for line in lines if not _TRACE.match(line)]
+    start = 0
+    if len(told) < len(lines):  # TVM puts its stack before the message, and source code into it
+        start = max((i for i, line in enumerate(told) if _RAISED.match(line)), default=0)
+    line = " ".join(told[start : start + 1 + _is_bare(told[start])]) if told else type(error).__name__
+    if "bad_alloc" in line:  # C++'s name for it, which TVM spells wrong
+        line = "out of memory"
     return line if len(line) <= 300 else line[:297] + "..."
+
+
+def _is_bare(line: str) -> bool:
+    """Whether an error's message begins on the next line only."""
+    return bool(_RAISED.fullmatch(line))
 
 
 def _read_file(path: Path) -> ModelProto:
