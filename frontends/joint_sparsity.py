@@ -45,7 +45,7 @@ DOMAINS = ("spatial", "winograd")
 _CALIBRATION = 20  # calls over which the scale of the loss is averaged.
 _BINS = 2048
 _CHUNK = 2**23  # magnitudes a histogram call: torch.histc counts in float32, which stops at 2^24.
-_EXTRA_STATE = ("calls", "loss_scale", "thresholds", "energies", "held")
+_EXTRA_STATE = ("calls", "losses", "loss_scale", "thresholds", "energies", "held")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class JointSparsity(nn.Module):
         self.z.to(self._layers[0].weight.device)
         # Plain numbers, so that a step waits for the device only when they change; see get_extra_state.
         self.calls = 0
+        self.losses = 0
         self.loss_scale = 1.0
         self.thresholds = dict.fromkeys(self.z, 0.0)
         self.energies = dict.fromkeys(self.z, 1.0)
@@ -136,8 +137,8 @@ class JointSparsity(nn.Module):
         """The scalar to add to the loss: both regularisers and ``-c (z_WD + z_SD)``.
 
         Args:
-            loss: this step's loss without it. Its mean over the first calls (and over all processes) sets the scale
-                of c; without it the scale is 1, which suits a cross-entropy near 1.
+            loss: this step's loss without it. Its mean magnitude over the first calls (and over all processes) sets the
+                scale of c; without it the scale is 1, which suits a cross-entropy near 1.
         """
         device = self._layers[0].weight.device
         with torch.autocast(device.type, enabled=False):
@@ -177,12 +178,19 @@ class JointSparsity(nn.Module):
         """Count the call, measure the loss, refresh thresholds and energies when due."""
         self._find_supports()
         if loss is not None and self.calls < _CALIBRATION:
-            value = float(_mean_over_processes(loss.detach().float()))
-            earlier = self.loss_scale if self.calls else 0.0
-            self.loss_scale = earlier + (value - earlier) / (self.calls + 1)
+            self._measure(float(_mean_over_processes(loss.detach().float())))
         if self.calls % self.refresh == 0:
             self.update_thresholds()
         self.calls += 1
+
+    def _measure(self, loss: float) -> None:
+        """Average the magnitude of the loss; one that is not finite, as an overflow may make it, says nothing."""
+        if not math.isfinite(loss):
+            return
+        earlier = self.loss_scale if self.losses else 0.0
+        self.losses += 1
+        # The magnitude: with a negative scale (a log-likelihood, -SSIM) the regularisers would push the other way.
+        self.loss_scale = earlier + (abs(loss) - earlier) / self.losses
 
     @torch.no_grad()
     def update_thresholds(self) -> None:

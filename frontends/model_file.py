@@ -164,6 +164,8 @@ def pack(model: ModelProto, quantised: Mapping[str, LayerQuantization], name: st
         value = originals[source] if scaling else onnx_graph.array(tensor)
         if source not in codes and source not in spec and not _belongs_in_index(value):
             continue
+        if not container.can_hold(value):
+            raise InputError(f"{name}: weight {source!r} is {value.dtype.name}; call model.float() before saving it")
         base: Any = Shared(holders[source]) if source in holders else codes.get(source, value)
         holders.setdefault(source, tensor.name)
         records[tensor.name] = Record(

@@ -102,7 +102,8 @@ def separating_threshold(values: NDArray[np.floating], share: float) -> float:
     if highest_pruned == flat.max():
         if highest_pruned == 0:
             return 0.0
-        raise ValueError(f"at {share:.0%} every weight would be pruned: too many magnitudes are equal; ask for less")
+        why = "there are too few" if wanted == values.size else "too many magnitudes are equal"
+        raise ValueError(f"at sparsity {share:g} all {values.size} weights would be pruned: {why}; ask for less")
     kept = flat[flat > highest_pruned]
     nearest = min(kept.size, values.size // 1000 + 1)
     edges = np.concatenate([[highest_pruned], np.sort(np.partition(kept, nearest - 1)[:nearest])]).astype(np.float64)

@@ -66,6 +66,32 @@ def step(
     objective.hold_()
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_sign_of_the_loss_does_not_turn_the_regularisers_round(sign: float) -> None:
+    model = small_net()
+    objective = JointSparsity(model, 0.5, 0.5)
+    before = {domain: share.item() for domain, share in shares(objective).items()}
+    optimiser = torch.optim.Adam([*model.parameters(), *objective.parameters()], lr=1e-3)
+    for _ in range(100):
+        optimiser.zero_grad()
+        objective(torch.tensor(sign)).backward()
+        optimiser.step()
+    assert objective.loss_scale == pytest.approx(1.0)
+    assert all(share < 0.5 * before[domain] for domain, share in shares(objective).items())
+
+
+def shares(objective: JointSparsity) -> dict[str, Tensor]:
+    objective.update_thresholds()
+    return objective.regularisers()
+
+
+def test_losses_that_are_not_finite_do_not_count() -> None:
+    objective = JointSparsity(small_net(), 0.5, 0.5)
+    for loss in (float("nan"), 2.0, float("inf"), 4.0):
+        objective(torch.tensor(loss))
+    assert objective.loss_scale == pytest.approx(3.0)
+
+
 def test_layers_by_domain() -> None:
     objective = JointSparsity(small_net())
     assert objective.layers["winograd"] == ["2", "5", "9"]

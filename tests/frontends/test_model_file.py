@@ -245,6 +245,13 @@ def test_quantised_weights_must_be_float32(path: Path, dtype: torch.dtype) -> No
         frontends.save(module, torch.randn(1, 3, 8, 8, dtype=dtype), path)
 
 
+def test_weights_with_thresholds_must_be_of_a_type_that_the_file_can_hold(path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).to(torch.bfloat16)
+    objective = frontends.JointSparsity(module, 0.5, 0.5)
+    with pytest.raises(InputError, match=r"is bfloat16; call model\.float\(\) before saving"):
+        frontends.save(module, torch.randn(1, 3, 8, 8, dtype=torch.bfloat16), path, objective=objective)
+
+
 # --- ONNX ------------------------------------------------------------------------------------------------------------
 
 
