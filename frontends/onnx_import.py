@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
-from . import batch_norm, onnx_graph, onnx_rewrites, winograd_spec
+from . import batch_norm, constant_limits, onnx_graph, onnx_rewrites, winograd_spec
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def to_relay(model: ModelProto, name: str) -> tuple[tvm.IRModule, dict[str, tvm.
     batch_norm.fold(model)
     spec = _spec(model, name)
     model = onnx_rewrites.prepare(model, name)
+    constant_limits.check(model, name)
     mod, params = _import(model, name)
     return (mod.with_attr(winograd_spec.KEY, spec) if spec else mod), params
 
@@ -89,6 +90,9 @@ def _import(model: ModelProto, name: str) -> tuple[Any, dict[str, Any]]:
     os.environ.setdefault("TOPHUB_LOCATION", "NONE")
     from tvm import relay
 
+    from ..schedules import llvm_workaround
+
+    llvm_workaround.apply()  # the importer compiles what it evaluates
     with _onnx_mapping(), warnings.catch_warnings():
         # TVM warns that axes are no attribute of this opset, which they are on purpose.
         warnings.simplefilter("ignore")
