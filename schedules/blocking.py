@@ -11,6 +11,7 @@ from .geometry import ConvGeometry
 from .layouts import PhaseLayout, direct_layout, winograd_layout
 
 _FLOAT = 4  # bytes
+_SPLIT = 64  # parts of a grid, or rows of a part, up to which every split is tried
 
 
 class Cpu(Protocol):
@@ -87,13 +88,22 @@ def _winograd_candidates(geometry: ConvGeometry, m: int, cpu: Cpu) -> Iterator[W
     widths = {-(-grid_cols // parts) for parts in range(1, 9)}
     widths |= {cpu.lanes * i for i in range(1, 9) if cpu.lanes * i < grid_cols + cpu.lanes}
     for cols in sorted(widths):
-        for rows in sorted({-(-grid_rows // parts) for parts in range(1, grid_rows + 1)}):
+        for rows in sorted(_heights(grid_rows)):
             layout = replace(whole, rows=rows, cols=cols)
             for width in sorted({cols, layout.plane[1]}):
                 tiles = (rows - 1) * width + cols
                 vectors = -(-tiles // cpu.lanes)
                 panels = -(-vectors // cpu.accumulators)
                 yield WinogradBlocking(layout, width, -(-vectors // panels) * cpu.lanes, panels)
+
+
+def _heights(rows: int) -> set[int]:
+    """Rows of a block for every even split into at most 64 parts, or into parts of at most 64 rows.
+
+    Up to 64 x 64 rows that is every even split. A grid of millions would have thousands.
+    """
+    few = range(1, min(rows, _SPLIT) + 1)
+    return {-(-rows // parts) for parts in few} | {-(-rows // -(-rows // height)) for height in few}
 
 
 def _winograd_cycles(blocking: WinogradBlocking, geometry: ConvGeometry, m: int, cpu: Cpu) -> float:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jointsparse.schedules.blocking import (
     WinogradBlocking,
+    _heights,
     _winograd_cycles,
     direct_blocking,
     direct_panel,
@@ -150,6 +151,18 @@ def test_blocks_cover_the_output(geometry: ConvGeometry, m: int, lanes: int) -> 
     assert blocking.tiles >= (blocking.layout.rows - 1) * blocking.width + blocking.layout.cols
     assert blocking.width >= blocking.layout.cols
     assert blocking.layout.grid == winograd_layout(geometry, m, 1, 1).grid
+
+
+def test_blocks_of_a_grid_are_all_its_even_splits() -> None:
+    for rows in (*range(1, 300), 1000, 2047, 4095, 4096):
+        assert _heights(rows) == {-(-rows // parts) for parts in range(1, rows + 1)}
+
+
+def test_a_very_long_image_has_few_blockings() -> None:
+    geometry = ConvGeometry(1, 1, 500_000_000, 3, 1, (3, 3), padding=(1, 1, 1, 1))
+    blocking = winograd_blocking(geometry, 4, Cpu())
+    assert blocking.layout.rows in _heights(125_000_000)
+    assert len(_heights(125_000_000)) == 128
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
