@@ -47,7 +47,7 @@ def compile_model(
         what was decided for every convolution.
 
     Raises:
-        InputError: for a bad model, target, compiler, log or output.
+        InputError: for a bad model, target, compiler, log or output, and for what TVM cannot build.
     """
     # What is wrong with files is found before TVM is imported.
     check_output(output)
@@ -70,7 +70,7 @@ def compile_model(
         raise InputError(f"{model}: {error}") from error
     progress(f"building {len(plan)} convolutions for {tvm_target}")
     with _records(tuning_records) as config, tvm.transform.PassContext(opt_level=3, config=config):
-        library = tvm.relay.build(mod, target=tvm_target, params=params)
+        library = _build(mod, params, tvm_target, model)
     progress("linking")
     with replacing(output) as temporary:
         try:
@@ -80,6 +80,21 @@ def compile_model(
                 f"{compiler or 'the C++ compiler'} could not link the library: {_first_line(error)}"
             ) from error
     return plan
+
+
+def _build(mod: Any, params: Mapping[str, Any], target: Any, model: Path) -> Any:
+    import tvm
+
+    from . import onnx_graph
+
+    try:
+        return tvm.relay.build(mod, target=target, params=params)
+    # TVM checks some options of operators as late as here, by assertions and errors of all kinds.
+    except Exception as error:
+        raise InputError(
+            f"{model}: TVM cannot build it for {target.kind.name}: {onnx_graph.first_line(error)}; export the model "
+            "without the operator or option named, or use -v to see where"
+        ) from error
 
 
 def read_model(path: Path, input_shapes: Shapes | None = None) -> tuple[Any, dict[str, Any]]:

@@ -108,7 +108,20 @@ class PruneWinograd:
         known = {layer.weight.parameter for layer in self.worklist.layers if layer.weight is not None}
         unknown = sorted(thresholds.keys() - known)
         if unknown:
+            types = sorted({_data_type(layer) for layer in self.worklist.layers} - {"float32"})
+            # Weights of other types come as constants without names.
+            reason = (
+                f"the pruning of layers of data type {', '.join(types)} is dropped, Winograd kernels compute in float32"
+                if types
+                else "the module was bound or renamed before"
+            )
             self.worklist.warnings.append(
                 f"Winograd thresholds without a convolution's weight of that name ({', '.join(unknown[:3])}"
-                f"{', ...' if len(unknown) > 3 else ''}): the module was bound or renamed before"
+                f"{', ...' if len(unknown) > 3 else ''}): {reason}"
             )
+
+
+def _data_type(layer: Layer) -> str:
+    """Of the weights, as far as known."""
+    kind = layer.call.args[1].checked_type if layer.call is not None and len(layer.call.args) > 1 else None
+    return str(kind.dtype) if isinstance(kind, tvm.relay.TensorType) else "float32"

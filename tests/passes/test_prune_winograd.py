@@ -153,3 +153,14 @@ def test_a_threshold_that_finds_no_weight_is_told():
         "Winograd thresholds without a convolution's weight of that name (gone.weight): "
         "the module was bound or renamed before"
     ]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_a_threshold_of_a_layer_of_another_type_is_told_by_its_type(dtype):
+    x, weight = relay.var("x", shape=(1, 4, 12, 12), dtype=dtype), relay.const(PARAMS["a.weight"], dtype)
+    mod = tvm.IRModule.from_expr(relay.nn.conv2d(x, weight)).with_attr(ATTRIBUTE, json.dumps({"a.weight": entry()}))
+    worklist, _ = prune(mod)
+    assert worklist.warnings == [
+        "Winograd thresholds without a convolution's weight of that name (a.weight): the pruning of layers of data "
+        f"type {dtype} is dropped, Winograd kernels compute in float32"
+    ]
