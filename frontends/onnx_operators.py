@@ -73,21 +73,25 @@ class Site:
 
 
 class Chain:
-    """The nodes that take a node's place, each reading the one before it."""
+    """The nodes that take a node's place, each reading the one before it, ``value``, first."""
 
     def __init__(self, node: NodeProto, site: Site) -> None:
+        self.value = node.input[0]
         self._node, self._site = node, site
-        self._value = node.input[0]
         self._nodes: list[NodeProto] = []
 
     def then(self, op: str, *others: str | NDArray[Any], **attributes: Any) -> Chain:
         """One more operator; its inputs behind the first are names or constants."""
-        output = self._node.output[0]
-        inputs = [x if isinstance(x, str) else self._site.store(x, f"{output}.{op}") for x in others]
-        made = onnx_graph.fresh_name(self._site.model, f"{output}.{len(self._nodes)}")
-        self._nodes.append(helper.make_node(op, [self._value, *inputs], [made], **attributes))
-        self._value = made
+        self.value = self.beside(op, self.value, *others, **attributes)
         return self
+
+    def beside(self, op: str, *inputs: str | NDArray[Any], **attributes: Any) -> str:
+        """An operator that is no link of the chain, but may be read by one; the name of its output."""
+        output = self._node.output[0]
+        names = [x if isinstance(x, str) else self._site.store(x, f"{output}.{op}") for x in inputs]
+        made = onnx_graph.fresh_name(self._site.model, f"{output}.{len(self._nodes)}")
+        self._nodes.append(helper.make_node(op, names, [made], **attributes))
+        return made
 
     def end(self) -> list[NodeProto]:
         """The nodes; the last one makes what the replaced node made."""
@@ -150,12 +154,15 @@ def dropout(node: NodeProto, site: Site) -> list[NodeProto]:
 
 
 def mod(node: NodeProto, site: Site) -> list[NodeProto]:
-    """TVM computes the remainder of floats as x - y trunc(x / y), which is off by y where x / y rounds to a whole."""
-    if np.issubdtype(site.dtype(node), np.integer):
+    """TVM's C remainder of floats is exact; the one by floor (opset 28) is not, and is made of the other."""
+    if onnx_graph.attribute(node, "fmod", 0) or np.issubdtype(site.dtype(node), np.integer):
         return [node]
-    raise site.error(
-        node, "is of floats, which TVM 0.19 rounds wrongly; write x - y * trunc(x / y) out if that is exact enough"
-    )
+    divisor, zero = node.input[1], np.zeros((), site.dtype(node))
+    chain = Chain(node, site).then("Mod", divisor, fmod=1)
+    remainder, sign = chain.value, chain.beside("Sign", divisor)
+    # The signs, not the values: the product of two small values may be zero.
+    chain.then("Sign").then("Mul", sign).then("Less", zero)
+    return chain.then("Where", divisor, zero).then("Add", remainder).end()
 
 
 def space_to_depth(node: NodeProto, site: Site) -> list[NodeProto]:
