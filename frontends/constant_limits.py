@@ -31,53 +31,12 @@ _OF_SHAPE = {"Shape", "Size", "EyeLike"}
 _SHORT = {"Shape", "Size"}
 # No more elements than all inputs, or the results of all branches, together.
 _SHRINKING = {
-    *(
-        "Abs",
-        "ArgMax",
-        "ArgMin",
-        "BitwiseNot",
-        "Cast",
-        "CastLike",
-        "Ceil",
-        "Clip",
-        "Compress",
-        "Concat",
-        "Cos",
-        "CumSum",
-    ),
-    *(
-        "DepthToSpace",
-        "Erf",
-        "Exp",
-        "Flatten",
-        "Floor",
-        "Identity",
-        "If",
-        "IsInf",
-        "IsNaN",
-        "Log",
-        "Neg",
-        "Not",
-        "Reciprocal",
-    ),
-    *(
-        "Relu",
-        "Reshape",
-        "Round",
-        "ScatterElements",
-        "ScatterND",
-        "Shrink",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Slice",
-        "Softmax",
-    ),
-    *("SpaceToDepth", "Split", "Sqrt", "Squeeze", "Tanh", "TopK", "Transpose", "Trilu", "Unique", "Unsqueeze"),
-    *(
-        f"Reduce{kind}"
-        for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
-    ),
+    *("Abs", "ArgMax", "ArgMin", "BitwiseNot", "Cast", "CastLike", "Ceil", "Clip", "Compress", "Concat", "Cos"),
+    *("CumSum", "DepthToSpace", "Erf", "Exp", "Flatten", "Floor", "Identity", "If", "IsInf", "IsNaN", "Log", "Neg"),
+    *("Not", "Reciprocal", "Relu", "Reshape", "Round", "ScatterElements", "ScatterND", "Shrink", "Sigmoid", "Sign"),
+    *("Sin", "Slice", "Softmax", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Tanh", "TopK", "Transpose", "Trilu"),
+    *("Unique", "Unsqueeze", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean"),
+    *("ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"),
 }
 # No more elements than the product of all inputs' elements: broadcasting at its worst.
 _BROADCASTING = {
