@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
 from .geometry import ConvGeometry
-from .layouts import PhaseLayout, direct_layout, winograd_layout
+from .layouts import PhaseLayout, direct_layout
 
 _FLOAT = 4  # bytes
-_SPLIT = 64  # parts of a grid, or rows of a part, up to which every split is tried
 
 
 class Cpu(Protocol):
@@ -19,6 +17,8 @@ class Cpu(Protocol):
 
     @property
     def lanes(self) -> int: ...
+    @property
+    def l1(self) -> int: ...
     @property
     def l2(self) -> int: ...
     @property
@@ -56,72 +56,41 @@ def extra_channels(layout: PhaseLayout, panel: int) -> int:
 
 @dataclass(frozen=True)
 class WinogradBlocking:
-    """Tiles of a block.
+    """How many tiles are computed at a time.
 
     Attributes:
-        layout: planes of the block; a position is a tile.
-        width: tile t of a block is tile (t // width, t % width); `width` - `layout.cols` of each row are waste.
-        panel: tiles accumulated at once, a multiple of the vector length.
-        panels: panels in a block.
+        vectors: vectors of tiles in a block. blocks: of an image. last: vectors of the last block.
+        split: sums kept for each filter, of every split-th non-zero: with few vectors in a block, one sum would wait
+            for the addition before.
     """
 
-    layout: PhaseLayout
-    width: int
-    panel: int
-    panels: int
+    vectors: int
+    blocks: int
+    last: int
+    split: int
 
-    @property
-    def tiles(self) -> int:
-        """Tiles computed per block, waste included."""
-        return self.panel * self.panels
+    @classmethod
+    def of(cls, all_vectors: int, vectors: int, split: int) -> WinogradBlocking:
+        """An image of `all_vectors` in blocks of `vectors`."""
+        blocks = -(-all_vectors // vectors)
+        return cls(vectors, blocks, all_vectors - (blocks - 1) * vectors, split)
 
 
 @cache
-def winograd_blocking(geometry: ConvGeometry, m: int, cpu: Cpu) -> WinogradBlocking:
-    """The cheapest blocking, by a rough count of cycles, whose transformed tiles stay in cache."""
-    return min(_winograd_candidates(geometry, m, cpu), key=lambda b: _winograd_cycles(b, geometry, m, cpu))
+def winograd_blocking(vectors: int, in_channels: int, out_channels: int, positions: int, cpu: Cpu) -> WinogradBlocking:
+    """Blocks whose transformed tiles stay in L2, and those of one position in L1; evenly filled.
 
-
-def _winograd_candidates(geometry: ConvGeometry, m: int, cpu: Cpu) -> Iterator[WinogradBlocking]:
-    whole = winograd_layout(geometry, m, 1, 1)
-    grid_rows, grid_cols = whole.grid
-    widths = {-(-grid_cols // parts) for parts in range(1, 9)}
-    widths |= {cpu.lanes * i for i in range(1, 9) if cpu.lanes * i < grid_cols + cpu.lanes}
-    for cols in sorted(widths):
-        for rows in sorted(_heights(grid_rows)):
-            layout = replace(whole, rows=rows, cols=cols)
-            for width in sorted({cols, layout.plane[1]}):
-                tiles = (rows - 1) * width + cols
-                vectors = -(-tiles // cpu.lanes)
-                panels = -(-vectors // cpu.accumulators)
-                yield WinogradBlocking(layout, width, -(-vectors // panels) * cpu.lanes, panels)
-
-
-def _heights(rows: int) -> set[int]:
-    """Rows of a block for every even split into at most 64 parts, or into parts of at most 64 rows.
-
-    Up to 64 x 64 rows that is every even split. A grid of millions would have thousands.
+    Args:
+        vectors: of an image. positions: of a tile, n x n.
     """
-    few = range(1, min(rows, _SPLIT) + 1)
-    return {-(-rows // parts) for parts in few} | {-(-rows // -(-rows // height)) for height in few}
+    in_l1 = int(0.7 * cpu.l1) // (in_channels * cpu.lanes * _FLOAT)
+    in_l2 = int(0.6 * cpu.l2) // (positions * (in_channels + out_channels) * cpu.lanes * _FLOAT)
+    most = max(1, min(in_l1, in_l2, cpu.accumulators, vectors))
+    blocks = -(-vectors // most)
+    length = -(-vectors // blocks)
+    return WinogradBlocking.of(vectors, length, _split(length))
 
 
-def _winograd_cycles(blocking: WinogradBlocking, geometry: ConvGeometry, m: int, cpu: Cpu) -> float:
-    """Rough cycles for the layer at 80 % sparsity. The constants are measured on AVX-512; only ratios matter."""
-    positions = (m + geometry.kernel[0] - 1) ** 2
-    down, across = blocking.layout.blocks
-    vectors = blocking.tiles // cpu.lanes
-    taps = 0.2 * positions * geometry.out_channels * geometry.in_channels / geometry.groups
-    per_panel = 1.5 + 0.55 * (blocking.panel // cpu.lanes)
-    products = taps * blocking.panels * per_panel
-    transforms = vectors * positions * (8 * geometry.in_channels + 5 * geometry.out_channels)
-    if _gathers(blocking, cpu):
-        transforms += vectors * positions * geometry.in_channels * cpu.lanes
-    working_set = positions * (geometry.in_channels + geometry.out_channels) * blocking.tiles * _FLOAT
-    spill = max(1.0, working_set / (0.6 * cpu.l2)) ** 0.5
-    return down * across * (products + transforms) * spill
-
-
-def _gathers(blocking: WinogradBlocking, cpu: Cpu) -> bool:
-    """Whether the tiles of a vector do not lie side by side in the planes."""
-    return blocking.width != blocking.layout.plane[1] and blocking.width % cpu.lanes != 0
+def _split(vectors: int) -> int:
+    """Two multiply-adds a cycle, each of four cycles, need about eight sums at once; the next filter's overlap too."""
+    return {1: 4, 2: 2, 3: 2}.get(vectors, 1)

@@ -5,12 +5,15 @@ Left out are the buffers of a single channel or row, which are never the largest
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from .blocking import WinogradBlocking, extra_channels
-from .cpu import SKEW, blocks_in_parallel
+from .blocking import extra_channels
+from .cpu import blocks_in_parallel
 from .geometry import ConvGeometry
 from .layouts import PhaseLayout
+from .sparse_winograd import SKEW
+from .winograd_plan import WinogradPlan
 
 _MOST = 2**31 - 1
 
@@ -40,12 +43,14 @@ def direct_buffers(geometry: ConvGeometry, layout: PhaseLayout, panel: int) -> d
     return {"packed input": _blocks_at_once(geometry, layout) * channels * layout.channel_size}
 
 
-def winograd_buffers(geometry: ConvGeometry, m: int, blocking: WinogradBlocking) -> dict[str, int]:
+def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:
     """Elements of what sparse Winograd convolution keeps in between."""
-    positions = _blocks_at_once(geometry, blocking.layout) * (m + geometry.kernel[0] - 1) ** 2
+    geometry, tiles = plan.geometry, plan.blocking.vectors * plan.result.lanes
     return {
-        "transformed input": positions * _skewed(geometry.in_channels * blocking.tiles),
-        "products": positions * _skewed(geometry.out_channels * blocking.tiles),
+        "input in tiles": math.prod(plan.source.shape(geometry.batch, geometry.in_channels)),
+        "result in tiles": math.prod(plan.result.shape(geometry.batch, geometry.out_channels)),
+        "transformed input": plan.positions * (geometry.in_channels * tiles + SKEW),
+        "products": plan.positions * (geometry.out_channels * tiles + SKEW),
     }
 
 
@@ -53,8 +58,3 @@ def _blocks_at_once(geometry: ConvGeometry, layout: PhaseLayout) -> int:
     """Blocks in one buffer: each has its own when they run in parallel."""
     down, across = layout.blocks
     return 1 if blocks_in_parallel(geometry.batch, layout) else geometry.batch * down * across
-
-
-def _skewed(row: int) -> int:
-    factor, offset = SKEW
-    return row + (offset - row) % factor

@@ -11,13 +11,9 @@ from dataclasses import dataclass
 import tvm
 from tvm import te, tir, topi
 
-from . import phases, sparse_direct, sparse_winograd
+from . import phases, sparse_direct
 from .layouts import PhaseLayout
 from .targets import CpuFacts, cpu_facts
-
-SKEW = (256, 16)
-"""Rows of tile positions are a line (16 floats) more than a multiple of 256 floats apart: at powers of two apart, the
-n x n positions of a tile would fight for the same few ways of L1."""
 
 _PARALLEL_BLOCKS = 4
 """With this many blocks or more, blocks run in parallel; with fewer, the stages do one by one, over channels."""
@@ -71,29 +67,6 @@ def schedule_direct(outs: Sequence[te.Tensor], layout: PhaseLayout, target: tvm.
         planes.compute_at(last, block)
     else:
         planes.parallel(loop)
-    return kernel.schedule
-
-
-def schedule_winograd(outs: Sequence[te.Tensor], layout: PhaseLayout, m: int, target: tvm.target.Target) -> te.Schedule:
-    """Schedule a function that holds one sparse Winograd convolution and ends in `outs`."""
-    kernel = _start(outs, sparse_winograd.OUTPUT, layout, m, cpu_facts(target))
-    last = kernel.schedule[kernel.last]
-    block, channel = _loop_over_blocks(kernel)
-    for tag in (sparse_winograd.OUTPUT_ROWS, sparse_winograd.OUTPUT_TILES):
-        kernel.stage(tag).compute_at(last, channel)
-    _transform_output(kernel)
-    products, inputs = kernel.stage(sparse_winograd.PRODUCTS), kernel.stage(sparse_winograd.INPUT)
-    in_channel = _transform_input(kernel)
-    _sort_into_planes(kernel)
-    for tag in (sparse_winograd.INPUT_COLUMNS, phases.PLANES):
-        kernel.stage(tag).compute_at(inputs, in_channel)
-    _accumulate(kernel, sparse_winograd.PRODUCTS)
-    if kernel.parallel_blocks:
-        products.compute_at(last, block)
-        inputs.compute_at(last, block)
-    else:
-        products.parallel(products.fuse(*products.op.axis[:6]))
-        inputs.parallel(in_channel)
     return kernel.schedule
 
 
@@ -158,43 +131,6 @@ def _vectors(stage: te.Stage, axis: tir.IterVar, cpu: CpuFacts) -> tuple[tir.Ite
     stage.unroll(vector)
     stage.vectorize(lane)
     return vector, lane
-
-
-def _transform_input(kernel: _Kernel) -> tir.IterVar:
-    """Both passes of the input transform, channel by channel; returns the loop over channels.
-
-    The first pass goes through memory (L1): kept in registers it would have to be unrolled over all n x n positions.
-    """
-    inputs = kernel.stage(sparse_winograd.INPUT)
-    n, by, bx, u, v, c, panel, place = inputs.op.axis
-    inputs.storage_align(v, *SKEW)
-    vector, lane = inputs.split(place, kernel.cpu.lanes)
-    inputs.reorder(n, by, bx, c, panel, vector, u, v, lane)
-    inputs.unroll(v)
-    inputs.vectorize(lane)
-    columns = kernel.stage(sparse_winograd.INPUT_COLUMNS)
-    *_, u, j, t = columns.op.axis
-    vector, lane = columns.split(t, kernel.cpu.lanes)
-    columns.reorder(vector, j, u, lane)
-    columns.unroll(u)
-    columns.vectorize(lane)
-    return inputs.fuse(n, by, bx, c)
-
-
-def _transform_output(kernel: _Kernel) -> None:
-    """Both passes of the output transform, channel by channel."""
-    products = kernel.stage(sparse_winograd.PRODUCTS)
-    *_, v, _, _, _ = products.op.axis
-    products.storage_align(v, *SKEW)
-    rows = kernel.stage(sparse_winograd.OUTPUT_ROWS)
-    *_, i, v, t = rows.op.axis
-    vector, lane = rows.split(t, kernel.cpu.lanes)
-    rows.reorder(vector, v, i, lane)
-    rows.unroll(i)
-    rows.vectorize(lane)
-    tiles = kernel.stage(sparse_winograd.OUTPUT_TILES)
-    # Interleaving columns is left to LLVM, which makes shuffles of it where a strided vector store of TVM's would not.
-    tiles.unroll(tiles.op.axis[-1])
 
 
 def _sort_into_planes(kernel: _Kernel) -> tir.IterVar:

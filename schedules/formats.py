@@ -5,7 +5,7 @@ numpy only; the frontends and a machine without TVM can use it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,16 @@ class SparseRows:
 
     Attributes:
         values: float32, the non-zeros, row after row; zeros after the last one.
-        indices: int32, same length; where the non-zero's operand lies (its meaning is the packer's).
-        indptr: int32, rows + 1 long; row i is ``values[indptr[i]:indptr[i + 1]]`` and may be empty.
+        indices: an integer type, same length; where the non-zero's operand lies (its meaning is the packer's).
+        indptr: int32, rows + 1 long; row i is ``values[indptr[i]:indptr[i + 1]]``, counted in groups of `group`, and
+            may be empty.
+        group: non-zeros of a row come in multiples of it, filled up with zeros.
     """
 
     values: NDArray[np.float32]
-    indices: NDArray[np.int32]
+    indices: NDArray[np.integer]
     indptr: NDArray[np.int32]
+    group: int = 1
 
 
 def pack_direct(weight: NDArray[np.floating], geometry: ConvGeometry, layout: PhaseLayout) -> SparseRows:
@@ -52,22 +55,25 @@ def pack_direct(weight: NDArray[np.floating], geometry: ConvGeometry, layout: Ph
     return _rows(values, offsets, np.bincount(out_channel, minlength=geometry.out_channels))
 
 
-def pack_winograd(winograd_weight: NDArray[np.floating], geometry: ConvGeometry) -> SparseRows:
-    """Rows are (tile position, output channel), position first; an index is an input channel.
+def pack_winograd(winograd_weight: NDArray[np.floating], geometry: ConvGeometry, group: int = 1) -> SparseRows:
+    """Rows are (tile position, output channel), position first; an index is an input channel, in the fewest bytes.
 
     Args:
         winograd_weight: (K, C / groups, n, n).
+        group: see SparseRows.
     """
     _check_shape(winograd_weight, (*geometry.weight_shape[:2], *winograd_weight.shape[2:]))
     by_position = winograd_weight.transpose(2, 3, 0, 1)
     positions = by_position.shape[0] * by_position.shape[1]
     u, v, out_channel, channel = np.nonzero(by_position)
     row = (u * by_position.shape[1] + v) * geometry.out_channels + out_channel
-    return _rows(
+    rows = _rows(
         by_position[u, v, out_channel, channel],
         _whole_channel(geometry, out_channel, channel),
         np.bincount(row, minlength=positions * geometry.out_channels),
+        group,
     )
+    return replace(rows, indices=rows.indices.astype(np.min_scalar_type(geometry.in_channels - 1)))
 
 
 def _check_shape(weight: NDArray[np.floating], expected: tuple[int, ...]) -> None:
@@ -83,16 +89,26 @@ def _whole_channel(
     return (group * (geometry.in_channels // geometry.groups) + channel).astype(np.int64)
 
 
-def _rows(values: NDArray[np.floating], indices: NDArray[np.int64], counts: NDArray[np.intp]) -> SparseRows:
+def _rows(
+    values: NDArray[np.floating], indices: NDArray[np.int64], counts: NDArray[np.intp], group: int = 1
+) -> SparseRows:
     if len(indices) and int(indices.max()) > np.iinfo(np.int32).max:
         raise ValueError("offsets exceed 31 bits: the packed input of one block is larger than 8 GB")
-    length = _storage_length(len(values))
+    groups = -(-counts // group)
+    starts = np.concatenate([[0], np.cumsum(groups)])
+    length = _storage_length(int(starts[-1]) * group)
     stored_values = np.zeros(length, np.float32)
     stored_indices = np.zeros(length, np.int32)
-    stored_values[: len(values)] = values
-    stored_indices[: len(indices)] = indices
-    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    return SparseRows(stored_values, stored_indices, indptr)
+    # Where a row's non-zeros go, less where they come from.
+    shift = starts[:-1] * group - (np.cumsum(counts) - counts)
+    places = np.arange(len(values)) + np.repeat(shift, counts)
+    stored_values[places] = values
+    stored_indices[places] = indices
+    # What fills a row up points where the row points anyway: zero times an infinity elsewhere would be felt.
+    missing = groups * group - counts
+    filled = np.repeat(starts[:-1] * group + counts - (np.cumsum(missing) - missing), missing) + np.arange(missing.sum())
+    stored_indices[filled] = np.repeat(indices[(np.cumsum(counts) - 1)[missing > 0]], missing[missing > 0])
+    return SparseRows(stored_values, stored_indices, starts.astype(np.int32), group)
 
 
 def _storage_length(nonzeros: int) -> int:

@@ -1,40 +1,44 @@
-"""The Relay operators, registered from Python; importing this module registers them and readies LLVM.
+"""The sparse convolutions as Relay expressions; importing this module registers their operators and readies LLVM.
 
-``jointsparse.conv2d_sparse_direct`` and ``jointsparse.conv2d_sparse_winograd`` take data and three constants (values,
-indices, indptr: SparseRows of formats.py) and are otherwise like ``nn.conv2d`` in NCHW, float32: what may follow a
-convolution is fused into them. Their attributes hold the whole geometry, so the type of the result follows from them.
+``jointsparse.conv2d_sparse_direct`` takes data and three constants (values, indices, indptr: SparseRows of formats.py)
+and is otherwise like ``nn.conv2d`` in NCHW, float32: what may follow a convolution is fused into it.
+``jointsparse.conv2d_sparse_winograd`` works on images in tile layout, into and out of which
+``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them; it adds a bias, in its form ``..._add`` a residual as
+well, and activates. Attributes hold the whole geometry, so the type of the result follows from them.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from typing import Any
-
-# Without it relay.build tries to download TVM's records of tuned schedules.
-os.environ.setdefault("TOPHUB_LOCATION", "NONE")
+from dataclasses import asdict
 
 import numpy as np
 import tvm
 from numpy.typing import NDArray
 from tvm import relay, te
-from tvm.relay.op import op as relay_op
 
 from . import cpu, llvm_workaround
-from .blocking import WinogradBlocking, direct_blocking, direct_panel, winograd_blocking
+from .blocking import direct_blocking, direct_panel
 from .buffers import argument_buffers, direct_buffers, why_too_large, winograd_buffers
+from .epilogues import Activation
 from .formats import SparseRows, pack_direct, pack_winograd
 from .geometry import ConvGeometry
 from .layouts import PhaseLayout, direct_layout
+from .registration import call, plain, register, unpack
 from .sparse_direct import sparse_direct
 from .sparse_winograd import sparse_winograd
-from .targets import cpu_facts, why_not_target
+from .targets import cpu_facts
+from .tile_conversions import from_tiles, to_tiles
+from .tiles import TileLayout
 from .winograd import KERNELS, TILES
+from .winograd_plan import WinogradPlan, winograd_plan
 
 __all__ = [
     "DIRECT",
+    "FROM_TILES",
+    "TO_TILES",
     "WINOGRAD",
+    "WINOGRAD_ADD",
     "conv2d_sparse_direct",
     "conv2d_sparse_winograd",
     "why_not_direct",
@@ -43,8 +47,9 @@ __all__ = [
 
 DIRECT = "jointsparse.conv2d_sparse_direct"
 WINOGRAD = "jointsparse.conv2d_sparse_winograd"
-
-_MIXED_PRECISION_NEVER = 2
+WINOGRAD_ADD = "jointsparse.conv2d_sparse_winograd_add"
+TO_TILES = "jointsparse.to_tiles"
+FROM_TILES = "jointsparse.from_tiles"
 
 
 def conv2d_sparse_direct(
@@ -67,30 +72,52 @@ def conv2d_sparse_direct(
     _refuse(why_not_direct(geometry, target))
     layout = direct_blocking(geometry, cpu_facts(target))
     rows = pack_direct(weight, geometry, layout)
-    return _call(DIRECT, data, rows, geometry, block=(layout.rows, layout.cols))
+    return call(DIRECT, [data, *_constants(rows)], **asdict(geometry), block=(layout.rows, layout.cols))
 
 
 def conv2d_sparse_winograd(
-    data: relay.Expr, winograd_weight: NDArray[np.floating], geometry: ConvGeometry, m: int
+    data: relay.Expr,
+    winograd_weight: NDArray[np.floating],
+    geometry: ConvGeometry,
+    m: int,
+    target: tvm.target.Target | str | None = None,
 ) -> relay.Expr:
-    """A sparse Winograd convolution F(m x m, r x r).
+    """A sparse Winograd convolution F(m x m, r x r) of an image in NCHW: into tile layout, the convolution, and back.
 
     Args:
         data: (N, C, H, W), float32.
         winograd_weight: (K, C / groups, n, n), n = m + r - 1: filters in the Winograd domain of winograd.py; zeros
             cost nothing.
+        target: whose vectors and caches decide layout and blocks (the current target, or plain llvm, when None). The
+            operators are right for every CPU.
 
     Raises:
         ValueError: when the geometry is not supported (see why_not_winograd) or does not fit the weight.
     """
-    _refuse(why_not_winograd(geometry, m))
+    _refuse(why_not_winograd(geometry, m, target))
     n = m + geometry.kernel[0] - 1
     if tuple(winograd_weight.shape[2:]) != (n, n):
         raise ValueError(
             f"F({m}x{m}) of a {geometry.kernel[0]}x{geometry.kernel[1]} filter is {n} x {n}, got "
             f"{tuple(winograd_weight.shape)}"
         )
-    return _call(WINOGRAD, data, pack_winograd(winograd_weight, geometry), geometry, tile=m)
+    plan = winograd_plan(geometry, m, cpu_facts(target))
+    rows = pack_winograd(winograd_weight, geometry, plan.blocking.split)
+    tiles = into_tiles(data, plan.source, plan.offset)
+    bias = relay.const(np.zeros(geometry.out_channels, np.float32))
+    attributes = {**asdict(geometry), **asdict(Activation()), "tile": m, "lanes": plan.result.lanes}
+    attributes |= {"vectors": plan.blocking.vectors, "split": plan.blocking.split}
+    return out_of_tiles(call(WINOGRAD, [tiles, *_constants(rows), bias], **attributes), plan.result)
+
+
+def into_tiles(data: relay.Expr, layout: TileLayout, offset: tuple[int, int] = (0, 0)) -> relay.Expr:
+    """See tile_conversions.to_tiles."""
+    return call(TO_TILES, [data], **asdict(layout), offset=offset)
+
+
+def out_of_tiles(tiles: relay.Expr, layout: TileLayout) -> relay.Expr:
+    """See tile_conversions.from_tiles."""
+    return call(FROM_TILES, [tiles], **asdict(layout))
 
 
 def why_not_direct(geometry: ConvGeometry, target: tvm.target.Target | str | None = None) -> str | None:
@@ -123,7 +150,7 @@ def why_not_winograd(geometry: ConvGeometry, m: int, target: tvm.target.Target |
     if geometry.dilation != (1, 1):
         return f"dilation {geometry.dilation[0]}x{geometry.dilation[1]} is outside Winograd's reach"
     return why_too_large(argument_buffers(geometry, (m + kh - 1) ** 2)) or why_too_large(
-        winograd_buffers(geometry, m, winograd_blocking(geometry, m, cpu_facts(target)))
+        winograd_buffers(winograd_plan(geometry, m, cpu_facts(target)))
     )
 
 
@@ -132,44 +159,18 @@ def _refuse(reason: str | None) -> None:
         raise ValueError(reason)
 
 
-def _call(name: str, data: relay.Expr, rows: SparseRows, geometry: ConvGeometry, **kernel: Any) -> relay.Expr:
-    constants = [relay.const(a) for a in (rows.values, rows.indices, rows.indptr)]
-    attrs = tvm.ir.make_node("DictAttrs", **asdict(geometry), **kernel)
-    return relay.Call(relay_op.get(name), [data, *constants], attrs)
-
-
-def _geometry(attrs: tvm.ir.Attrs) -> ConvGeometry:
-    return ConvGeometry(**{field.name: _plain(attrs[field.name]) for field in fields(ConvGeometry)})
-
-
-def _plain(value: Any) -> Any:
-    """int, or tuple of int, of an attribute."""
-    return tuple(int(v) for v in value) if isinstance(value, Sequence | tvm.ir.Array) else int(value)
-
-
-def _result_type(types: Sequence[tvm.ir.Type], attrs: tvm.ir.Attrs) -> tvm.ir.Type:
-    geometry = _geometry(attrs)
-    data = types[0]
-    if isinstance(data, relay.TensorType):
-        expected = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
-        dynamic = not all(isinstance(s, tvm.tir.IntImm) for s in data.shape)
-        if dynamic or data.dtype != "float32" or tuple(int(s) for s in data.shape) != expected:
-            raise TypeError(f"a sparse convolution made for float32 data of shape {expected} got {data}")
-    return relay.TensorType(geometry.out_shape, "float32")
+def _constants(rows: SparseRows) -> list[relay.Expr]:
+    return [relay.const(array) for array in (rows.values, rows.indices, rows.indptr)]
 
 
 def _direct_layout(attrs: tvm.ir.Attrs) -> PhaseLayout:
-    rows, cols = _plain(attrs["block"])
-    return direct_layout(_geometry(attrs), rows, cols)
-
-
-def _winograd_blocking(attrs: tvm.ir.Attrs, target: tvm.target.Target) -> WinogradBlocking:
-    return winograd_blocking(_geometry(attrs), int(attrs["tile"]), cpu_facts(target))
+    rows, cols = (int(size) for size in attrs["block"])
+    return direct_layout(unpack(ConvGeometry, attrs), rows, cols)
 
 
 def _compute_direct(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
     data, values, indices, indptr = inputs
-    geometry, layout = _geometry(attrs), _direct_layout(attrs)
+    geometry, layout = unpack(ConvGeometry, attrs), _direct_layout(attrs)
     panel = direct_panel(layout, cpu_facts(target))
     _refuse(why_too_large(direct_buffers(geometry, layout, panel)))
     return sparse_direct(data, values, indices, indptr, geometry, layout, panel)
@@ -179,51 +180,105 @@ def _schedule_direct(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm
     return cpu.schedule_direct(outs, _direct_layout(attrs), target)
 
 
+def winograd_plan_of(attrs: tvm.ir.Attrs) -> WinogradPlan:
+    """How a call of the Winograd operator computes, as decided when it was made."""
+    numbers = {name: int(attrs[name]) for name in ("tile", "lanes", "vectors", "split")}
+    return WinogradPlan.of(unpack(ConvGeometry, attrs), **numbers)
+
+
 def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
-    data, values, indices, indptr = inputs
-    geometry, m, blocking = _geometry(attrs), int(attrs["tile"]), _winograd_blocking(attrs, target)
-    _refuse(why_too_large(winograd_buffers(geometry, m, blocking)))
-    return sparse_winograd(data, values, indices, indptr, geometry, m, blocking)
-
-
-def _schedule_winograd(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
-    return cpu.schedule_winograd(outs, _winograd_blocking(attrs, target).layout, int(attrs["tile"]), target)
-
-
-def _register(name: str, description: str, compute: Any, schedule: Any) -> None:
-    relay_op.register(name, description)
-    operator = relay_op.get(name)
-    operator.set_num_inputs(4)
-    for argument, meaning in (
-        ("data", "input, NCHW"),
-        ("values", "non-zeros, row after row"),
-        ("indices", "where the operand of each non-zero lies"),
-        ("indptr", "start of each row"),
-    ):
-        operator.add_argument(argument, "Tensor", meaning)
-    operator.set_attrs_type_key("DictAttrs")
-    operator.add_type_rel(name, _result_type)
-    operator.set_support_level(10)
-    relay_op.register_pattern(name, relay_op.OpPattern.OUT_ELEMWISE_FUSABLE)
-    relay_op.register_stateful(name, False)
-    relay_op.register_mixed_precision_conversion(
-        name, lambda call, dtype: [_MIXED_PRECISION_NEVER, "float32", "float32"]
+    data, values, indices, indptr, bias, *residual = inputs
+    plan = winograd_plan_of(attrs)
+    return sparse_winograd(
+        data,
+        values,
+        indices,
+        indptr,
+        bias,
+        residual[0] if residual else None,
+        plan=plan,
+        activation=unpack(Activation, attrs),
     )
 
-    @tvm.target.override_native_generic_func(f"{name}.strategy")
-    def strategy(attrs: Any, inputs: Any, out_type: Any, target: tvm.target.Target) -> Any:
-        _refuse(why_not_target(target))
-        implementation = relay_op.OpStrategy()
-        implementation.add_implementation(
-            lambda attrs, inputs, out_type: [compute(attrs, inputs, target)],
-            schedule,
-            name=f"{name}.cpu",
-        )
-        return implementation
 
-    relay_op.register_strategy(name, strategy)
+def _as_it_is(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
+    """Of what is TIR already."""
+    return te.create_schedule([out.op for out in outs])
 
 
-_register(DIRECT, "Sparse direct convolution.", _compute_direct, _schedule_direct)
-_register(WINOGRAD, "Sparse Winograd convolution.", _compute_winograd, _schedule_winograd)
+def _direct_shape(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
+    geometry = unpack(ConvGeometry, attrs)
+    _expect(DIRECT, data, (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width))
+    return geometry.out_shape
+
+
+def _winograd_shape(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
+    plan = winograd_plan_of(attrs)
+    _expect(WINOGRAD, data, plan.source.shape(plan.geometry.batch, plan.geometry.in_channels))
+    return plan.result.shape(plan.geometry.batch, plan.geometry.out_channels)
+
+
+def _image_shape(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
+    layout = unpack(TileLayout, attrs)
+    _expect(FROM_TILES, data, layout.shape(data[0], data[1]))
+    return data[0], data[1], layout.height, layout.width
+
+
+def _expect(name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(shape) != tuple(expected):
+        raise TypeError(f"{name} made for float32 data of shape {tuple(expected)} got {tuple(shape)}")
+
+
+_WEIGHTS = {
+    "values": "non-zeros, row after row",
+    "indices": "where the operand of each non-zero lies",
+    "indptr": "start of each row",
+}
+_TILED = {"data": "input, in tile layout", **_WEIGHTS, "bias": "of each filter"}
+
+register(
+    DIRECT,
+    "Sparse direct convolution.",
+    {"data": "input, NCHW", **_WEIGHTS},
+    _direct_shape,
+    _compute_direct,
+    _schedule_direct,
+    fusable=True,
+)
+register(
+    WINOGRAD,
+    "Sparse Winograd convolution, bias and activation.",
+    _TILED,
+    _winograd_shape,
+    _compute_winograd,
+    _as_it_is,
+    fusable=False,
+)
+register(
+    WINOGRAD_ADD,
+    "Sparse Winograd convolution, bias, residual and activation.",
+    {**_TILED, "residual": "of the shape of the result"},
+    _winograd_shape,
+    _compute_winograd,
+    _as_it_is,
+    fusable=False,
+)
+register(
+    TO_TILES,
+    "Images into tile layout.",
+    {"data": "images, NCHW"},
+    lambda attrs, data: unpack(TileLayout, attrs).shape(data[0], data[1]),
+    lambda attrs, inputs, target: to_tiles(inputs[0], unpack(TileLayout, attrs), plain(attrs["offset"])),
+    _as_it_is,
+    fusable=False,
+)
+register(
+    FROM_TILES,
+    "Images out of tile layout.",
+    {"data": "images in tile layout"},
+    _image_shape,
+    lambda attrs, inputs, target: from_tiles(inputs[0], unpack(TileLayout, attrs)),
+    _as_it_is,
+    fusable=False,
+)
 llvm_workaround.apply()

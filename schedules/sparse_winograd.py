@@ -1,29 +1,36 @@
 """Sparse Winograd convolution F(m x m, r x r): transform tiles, multiply by the sparse filters, transform back.
 
-For each of the n x n positions (u, v) of a tile the filters are a sparse K x C matrix; the products are
-``M[u, v, k, t] = sum over e of values[e] * V[u, v, indices[e], t]`` with tiles t as vector lanes. Matrices and tile
-grid come from winograd.py (Winograd 1980; Lavin and Gray, arXiv 1509.09308); pruning in that domain is Liu et al.,
-arXiv 1802.06367.
+For each of the n x n positions xi of a tile the filters are a sparse K x C matrix; the products are
+``M[xi, k, t] = sum over e of values[e] * V[xi, indices[e], t]`` with tiles t as vector lanes. Input and output are in
+the tile layout of tiles.py. Matrices come from winograd.py (Winograd 1980; Lavin and Gray, arXiv 1509.09308); pruning
+in that domain is Liu et al., arXiv 1802.06367.
+
+It is written in TIR, not TE: a transform has to stay in registers, which needs its sums named and shared, and the
+margins of the layout have to be zeroed by whoever writes the image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
+import tvm
 from tvm import te, tir
 
-from . import phases
 from .blocking import WinogradBlocking
-from .geometry import ConvGeometry
+from .epilogues import Activation
+from .tiles import TileLayout
+from .vector_code import VectorCode, even_odd
 from .winograd import Matrix, transform
+from .winograd_plan import WinogradPlan
 
-INPUT_COLUMNS = "jointsparse.winograd.input_columns"
-INPUT = "jointsparse.winograd.input"
-PRODUCTS = "jointsparse.winograd.products"
-OUTPUT_ROWS = "jointsparse.winograd.output_rows"
-OUTPUT_TILES = "jointsparse.winograd.output_tiles"
-OUTPUT = "jointsparse.winograd.output"
+SKEW = 16
+"""Rows of tile positions are a line (16 floats) more than their contents apart: at powers of two apart, the n x n
+positions of a tile would fight for the same few ways of L1."""
+
+_NOWHERE = 2**30
+"""Row or column of a place that is no tile's."""
 
 
 def sparse_winograd(
@@ -31,167 +38,281 @@ def sparse_winograd(
     values: te.Tensor,
     indices: te.Tensor,
     indptr: te.Tensor,
-    geometry: ConvGeometry,
-    m: int,
-    blocking: WinogradBlocking,
+    bias: te.Tensor,
+    residual: te.Tensor | None,
+    *,
+    plan: WinogradPlan,
+    activation: Activation,
 ) -> te.Tensor:
-    """Convolve.
+    """Convolve, add, activate.
 
     Args:
-        data: (N, C, H, W) float32. values, indices, indptr: SparseRows of formats.pack_winograd.
-        m: output tile size.
-        blocking: tiles computed at a time.
+        data: (N, C, planes, size) in the plan's source layout, float32.
+        values, indices, indptr: SparseRows of formats.pack_winograd.
+        bias: (K,). residual: (N, K, planes, size) in the result's layout, or None.
 
     Returns:
-        (N, K, output height, output width).
+        (N, K, planes, size) in the plan's result layout, zero around the image.
     """
-    layout, panel = blocking.layout, blocking.panel
-    matrices = transform(m, geometry.kernel[0])
-    n_tile = matrices.n
-    blocks = (geometry.batch, *layout.blocks)
-    channels, filters = geometry.in_channels, geometry.out_channels
+    inputs = [data, values, indices, indptr, bias, *([] if residual is None else [residual])]
 
-    tile = _tiles(data, geometry, m, n_tile, blocking)
-    columns = te.compute(
-        (*blocks, channels, n_tile, n_tile, blocking.tiles),
-        lambda n, by, bx, c, u, j, t: linear_map(matrices.BT, u, lambda i: tile(n, by, bx, c, i, j, t)),
-        name="input_columns",
-        tag=INPUT_COLUMNS,
-    )
-    inputs = te.compute(
-        (*blocks, n_tile, n_tile, channels, blocking.panels, panel),
-        lambda n, by, bx, u, v, c, po, pi: linear_map(
-            matrices.BT, v, lambda j: columns[n, by, bx, c, u, j, po * panel + pi]
-        ),
-        name="inputs",
-        tag=INPUT,
-    )
+    def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
+        arguments = _Arguments(*ins[:5], ins[5] if residual is not None else None, outs[0])
+        return _Kernel(arguments, plan, activation).emit()
 
-    def product(
-        n: tir.Var, by: tir.Var, bx: tir.Var, u: tir.Var, v: tir.Var, k: tir.Var, po: tir.Var, pi: tir.Var
-    ) -> tir.PrimExpr:
-        row = (u * n_tile + v) * filters + k
-        # LLVM code generation wants loops that start at 0.
-        e = te.reduce_axis((0, indptr[row + 1] - indptr[row]), name="e")
-        entry = indptr[row] + e
-        return te.sum(values[entry] * inputs[n, by, bx, u, v, indices[entry], po, pi], axis=e)
-
-    products = te.compute(
-        (*blocks, n_tile, n_tile, filters, blocking.panels, panel), product, name="products", tag=PRODUCTS
-    )
-    rows = te.compute(
-        (*blocks, filters, m, n_tile, blocking.tiles),
-        lambda n, by, bx, k, i, v, t: linear_map(
-            matrices.AT, i, lambda u: products[n, by, bx, u, v, k, t // panel, tir.floormod(t, panel)]
-        ),
-        name="output_rows",
-        tag=OUTPUT_ROWS,
-    )
-    # Column j of a tile innermost: then the pixels of an output row lie side by side.
-    tiles = te.compute(
-        (*blocks, filters, m, blocking.panels, panel, m),
-        lambda n, by, bx, k, i, po, pi, j: linear_map(
-            matrices.AT, j, lambda v: rows[n, by, bx, k, i, v, po * panel + pi]
-        ),
-        name="output_tiles",
-        tag=OUTPUT_TILES,
-    )
-
-    def pixel(n: tir.Var, k: tir.Var, h: tir.Var, w: tir.Var) -> tir.PrimExpr:
-        row, col = tir.floormod(h // m, layout.rows), tir.floormod(w, layout.cols * m)
-        place = phases.unbounded(row * (blocking.width * m) + col)
-        t = place // m
-        by, bx = h // (layout.rows * m), w // (layout.cols * m)
-        i, j, po, pi = tir.floormod(h, m), tir.floormod(place, m), t // panel, tir.floormod(t, panel)
-        return tiles[n, by, bx, k, i, po, pi, j]
-
-    return te.compute(geometry.out_shape, pixel, name="output", tag=OUTPUT)
+    shape = plan.result.shape(plan.geometry.batch, plan.geometry.out_channels)
+    return te.extern([shape], inputs, emit, name="winograd", dtype="float32")
 
 
-def _tiles(
-    data: te.Tensor, geometry: ConvGeometry, m: int, n_tile: int, blocking: WinogradBlocking
-) -> Callable[..., tir.PrimExpr]:
-    """Access to pixel (i, j) of the padded input under tile t of a block."""
-    layout, width = blocking.layout, blocking.width
-    (_, plane_cols), last = layout.plane, blocking.tiles - 1
-    flat = width == plane_cols
-    halo = (n_tile - 1) // m
-    # The last vector reaches beyond the last tile.
-    last_row = (last + halo * plane_cols + halo) // plane_cols if flat else last // width + halo
-    planes = phases.pack(data, geometry, layout, extra_rows=max(0, last_row + 1 - layout.plane[0]))
-
-    def tile(n: tir.Var, by: tir.Var, bx: tir.Var, c: tir.Var, i: int, j: tir.Var, t: tir.Var) -> tir.PrimExpr:
-        plane = i % m * layout.phases[1] + tir.floormod(j, m)
-        if flat:
-            # TVM folds the division back into the flat offset.
-            place = t + (i // m * plane_cols + j // m)
-            return planes[n, by, bx, c, plane, place // plane_cols, tir.floormod(place, plane_cols)]
-        return planes[n, by, bx, c, plane, t // width + i // m, tir.floormod(t, width) + j // m]
-
-    return tile
+@dataclass(frozen=True)
+class _Arguments:
+    data: tir.Buffer
+    values: tir.Buffer
+    indices: tir.Buffer
+    indptr: tir.Buffer
+    bias: tir.Buffer
+    residual: tir.Buffer | None
+    result: tir.Buffer
 
 
-def linear_map(matrix: Matrix, row: tir.PrimExpr, operand: Callable[[int], tir.PrimExpr]) -> tir.PrimExpr:
-    """``sum over i of matrix[row][i] * operand(i)``, as a choice by `row` that vanishes once `row` is unrolled.
+@dataclass(frozen=True)
+class _Block:
+    """Some vectors of tiles of one image. number: of the block, within the image. length: its vectors."""
 
-    Rows and columns of Winograd matrices come in pairs, for the points a and -a. What such a pair shares is written
-    as the same expression, for LLVM to compute once.
-    """
-    choices = [_combination(matrix, r, operand) for r in range(len(matrix))]
-    result = choices[-1]
-    for r in reversed(range(len(matrix) - 1)):
-        result = tir.if_then_else(tir.EQ(row, tir.const(r, "int32")), choices[r], result)
-    return result
+    image: tir.PrimExpr
+    number: tir.PrimExpr
+    length: int
 
 
-def _combination(matrix: Matrix, r: int, operand: Callable[[int], tir.PrimExpr]) -> tir.PrimExpr:
-    pair = _row_pair(matrix, r)
-    if pair is not None:
-        even, odd, sign = pair
-        left, right = _weighted_sum(_terms(even, operand)), _weighted_sum(_terms(odd, operand))
-        return left + right if sign > 0 else left - right
-    terms, column = [], 0
-    while column < len(matrix[r]):
-        a = matrix[r][column]
-        if _columns_pair(matrix, column):
-            first, second = operand(column), operand(column + 1)
-            terms.append((a, first + second if a == matrix[r][column + 1] else first - second))
-            column += 2
+class _Kernel:
+    """Emits one convolution."""
+
+    def __init__(self, arguments: _Arguments, plan: WinogradPlan, activation: Activation) -> None:
+        self.buffers = arguments
+        self.geometry, self.blocking = plan.geometry, plan.blocking
+        self.source, self.result = plan.source, plan.result
+        self.activation = activation
+        self.matrices = transform(plan.result.m, plan.geometry.kernel[0])
+        self.ib = tvm.tir.ir_builder.create()
+        self.code = VectorCode(self.ib, plan.result.lanes)
+
+    @property
+    def lanes(self) -> int:
+        return self.result.lanes
+
+    @property
+    def positions(self) -> int:
+        return self.matrices.n**2
+
+    @property
+    def reach(self) -> int:
+        """Pixels that a filter reads above, and left of, its output."""
+        return (self.geometry.kernel[0] - 1) // 2
+
+    def emit(self) -> tir.Stmt:
+        parallel_blocks = blocks_in_parallel(self.geometry.batch, self.blocking)
+        images, blocks = self.geometry.batch, self.blocking.blocks
+        if parallel_blocks:
+            with self.code.loop(images * blocks, "block", "parallel") as i:
+                self._block_of_any_length(i // blocks, tir.floormod(i, blocks), "serial")
         else:
-            terms.append((a, operand(column)))
-            column += 1
-    return _weighted_sum(terms)
+            with self.code.loop(images * blocks, "block") as i:
+                self._block_of_any_length(i // blocks, tir.floormod(i, blocks), "parallel")
+        return self.ib.get()
+
+    def _block_of_any_length(self, image: tir.PrimExpr, number: tir.PrimExpr, kind: str) -> None:
+        whole, last = self.blocking.vectors, self.blocking.last
+        if whole == last:
+            self._block(_Block(image, number, whole), kind)
+            return
+        with self.ib.if_scope(number < self.blocking.blocks - 1):
+            self._block(_Block(image, number, whole), kind)
+        with self.ib.else_scope():
+            self._block(_Block(image, number, last), kind)
+
+    def _block(self, block: _Block, kind: str) -> None:
+        """All three steps; each goes over what can be done in parallel, `kind` says whether it is."""
+        geometry, float32 = self.geometry, "float32"
+        tiles = block.length * self.lanes
+        inputs = self.ib.allocate(float32, self.positions * (geometry.in_channels * tiles + SKEW), name="V", scope="global")
+        products = self.ib.allocate(float32, self.positions * (geometry.out_channels * tiles + SKEW), name="M", scope="global")
+        with self.code.loop(geometry.in_channels, "c", kind) as c:
+            self._transform_input(block, c, inputs._buffer)
+        with self.code.loop(self.positions, "xi", kind) as xi:
+            self._multiply(block, xi, inputs._buffer, products._buffer)
+        rows, cols = self._pixels_of_places(block)
+        with self.code.loop(geometry.out_channels, "k", kind) as k:
+            self._clear_margins(block, k)
+            self._transform_output(block, k, products._buffer, rows, cols)
+
+    def _transform_input(self, block: _Block, c: tir.PrimExpr, inputs: tir.Buffer) -> None:
+        """``V = BT d B`` for one channel."""
+        code, n = self.code, self.matrices.n
+        tiles = block.length * self.lanes
+        stride = self.geometry.in_channels * tiles + SKEW
+        with self._vectors(block) as vector:
+            place = code.let(self._place(self.source, block) + vector)
+            target = code.let(c * tiles + vector)
+
+            def pixel(row: int, col: int) -> tir.PrimExpr:
+                plane, shift = self.source.locate(row - self.reach, col - self.reach)
+                return code.load(self.buffers.data, block.image, c, plane, place + shift)
+
+            # A few rows at a time: all of them would not fit into the registers.
+            for rows in row_groups(self.matrices.BT):
+                columns = [code.product(self.matrices.BT, lambda i, j=j: pixel(i, j), rows) for j in range(n)]
+                for u in rows:
+                    row = code.product(self.matrices.BT, lambda j, u=u: columns[j][u])
+                    for v in range(n):
+                        code.store(inputs, row[v], (u * n + v) * stride + target)
+
+    def _multiply(self, block: _Block, xi: tir.PrimExpr, inputs: tir.Buffer, products: tir.Buffer) -> None:
+        """``M = U V`` at one position: sums in registers, non-zeros outside, vectors inside."""
+        code, split = self.code, self.blocking.split
+        filters, tiles = self.geometry.out_channels, block.length * self.lanes
+        base = code.let(xi * (self.geometry.in_channels * tiles + SKEW))
+        target = code.let(xi * (filters * tiles + SKEW))
+        with code.loop(filters, "k") as k:
+            sums = code.array(split * block.length, "sums")
+            for one in sums:
+                code.set(one, code.splat(0.0))
+            first = code.let(self.buffers.indptr[xi * filters + k])
+            count = code.let(self.buffers.indptr[xi * filters + k + 1] - first)
+            with code.loop(count, "e") as e:
+                for s in range(split):
+                    entry = (first + e) * split + s
+                    operand = code.let(base + tir.Cast("int32", self.buffers.indices[entry]) * tiles)
+                    weight = code.keep(code.splat(self.buffers.values[entry]))
+                    for t in range(block.length):
+                        one = sums[s * block.length + t]
+                        code.set(one, one + weight * code.load(inputs, operand + t * self.lanes))
+            for t in range(block.length):
+                total = _tree_sum([sums[s * block.length + t] for s in range(split)])
+                code.store(products, total, target + k * tiles + t * self.lanes)
+
+    def _transform_output(
+        self, block: _Block, k: tir.PrimExpr, products: tir.Buffer, rows: tir.Buffer, cols: tir.Buffer
+    ) -> None:
+        """``Y = AT M A`` for one filter, and the epilogue."""
+        code, n = self.code, self.matrices.n
+        tiles = block.length * self.lanes
+        stride = self.geometry.out_channels * tiles + SKEW
+        bias = code.keep(code.splat(self.buffers.bias[k]))
+        with self._vectors(block) as vector:
+            source = code.let(k * tiles + vector)
+            columns = [
+                code.product(self.matrices.AT, lambda u, v=v: code.load(products, (u * n + v) * stride + source))
+                for v in range(n)
+            ]
+            for i in range(self.result.m):
+                row = code.product(self.matrices.AT, lambda v, i=i: columns[v][i])
+                for j in range(self.result.m):
+                    self._store_pixel(block, k, vector, (i, j), row[j] + bias, (rows, cols))
+
+    def _store_pixel(
+        self,
+        block: _Block,
+        k: tir.PrimExpr,
+        vector: tir.PrimExpr,
+        pixel: tuple[int, int],
+        value: tir.PrimExpr,
+        pixels_of_places: tuple[tir.Buffer, tir.Buffer],
+    ) -> None:
+        """Finish pixel (i, j) of a vector of tiles; in a spread layout it may be beside the neighbouring tiles too."""
+        code, result, m = self.code, self.result, self.result.m
+        (i, j), (rows, cols) = pixel, pixels_of_places
+        place = self._place(result, block) + vector
+        if self.buffers.residual is not None:
+            value = value + code.load(self.buffers.residual, block.image, k, result.plane(i, j), place)
+        value = code.keep(self.activation.emit(code, value))
+        for col in result.columns:
+            if col % m != j:
+                continue
+            to = -(col // m)  # the tile whose column `col` this is, counted from the pixel's own
+            row_at = code.load(rows, self.lanes + vector + to)
+            col_at = code.load(cols, self.lanes + vector + to)
+            inside = tir.And(row_at < code.splat(result.height - i, "int32"), col_at < code.splat(result.width - col, "int32"))
+            if col < 0:
+                inside = tir.And(inside, col_at >= code.splat(-col, "int32"))
+            kept = tir.Select(inside, value, code.splat(0.0))
+            code.store(self.buffers.result, kept, block.image, k, result.plane(i, col), place + to)
+
+    def _pixels_of_places(self, block: _Block) -> tuple[tir.Buffer, tir.Buffer]:
+        """First row and column of the tile at each place of a block, and of the vectors before and behind it."""
+        places, result = (block.length + 2) * self.lanes, self.result
+        rows = self.ib.allocate("int32", places, name="rows", scope="global")
+        cols = self.ib.allocate("int32", places, name="cols", scope="global")
+        with self.code.loop(places, "place") as i:
+            # Counted from a row of tiles further up, for the division to be one of positive numbers.
+            place = block.number * (self.blocking.vectors * self.lanes) + i - self.lanes + result.margin
+            above = _up(result.margin, result.cols) - result.margin
+            row, col = (place + above) // result.cols, tir.floormod(place + above, result.cols)
+            first = (result.margin + above) // result.cols
+            is_tile = tir.all(row >= first, row < first + result.grid[0], col < result.grid[1])
+            rows[i] = tir.Select(is_tile, (row - first) * result.m, _NOWHERE)
+            cols[i] = tir.Select(is_tile, col * result.m, _NOWHERE)
+        return rows._buffer, cols._buffer
+
+    def _clear_margins(self, block: _Block, k: tir.PrimExpr) -> None:
+        result = self.result
+
+        def clear(start: int, stop: int) -> None:
+            with self.code.loop(result.planes, "plane") as plane:
+                for place in range(start, stop, self.lanes):
+                    self.code.store(self.buffers.result, self.code.splat(0.0), block.image, k, plane, place)
+
+        with self.ib.if_scope(block.number == 0):
+            clear(0, result.margin)
+            self._clear_edge(block, k, result.margin, [col for col in result.columns if col < 0])
+        with self.ib.if_scope(block.number == self.blocking.blocks - 1):
+            clear(result.size - result.margin, result.size)
+            last = result.size - result.margin - 1
+            self._clear_edge(block, k, last, [col for col in result.columns if col >= result.m])
+
+    def _clear_edge(self, block: _Block, k: tir.PrimExpr, place: int, columns: Sequence[int]) -> None:
+        """What no neighbour writes: the first tile has none to its left, the last place none to its right."""
+        for col in columns:
+            for row in range(self.result.m):
+                at = [block.image, k, self.result.plane(row, col), place]
+                self.ib.emit(tir.BufferStore(self.buffers.result, tir.const(0, "float32"), at))
+
+    def _place(self, layout: TileLayout, block: _Block) -> tir.PrimExpr:
+        """Of the block's first tile."""
+        return layout.margin + block.number * (self.blocking.vectors * self.lanes)
+
+    @contextmanager
+    def _vectors(self, block: _Block) -> Iterator[tir.PrimExpr]:
+        """A loop over the vectors of a block; gives the first lane's number in the block."""
+        with self.code.loop(block.length, "t") as t:
+            yield t * self.lanes
 
 
-def _row_pair(matrix: Matrix, r: int) -> tuple[Sequence[Fraction], Sequence[Fraction], int] | None:
-    """Row r as ``even + sign * odd`` where a neighbouring row is ``even - sign * odd``, else None."""
-    for first in (r - 1, r):
-        if first >= 0 and first + 1 < len(matrix):
-            half_sum = [(a + b) / 2 for a, b in zip(matrix[first], matrix[first + 1], strict=True)]
-            half_difference = [(a - b) / 2 for a, b in zip(matrix[first], matrix[first + 1], strict=True)]
-            disjoint = all(not (a and b) for a, b in zip(half_sum, half_difference, strict=True))
-            if disjoint and any(half_sum) and any(half_difference):
-                return half_sum, half_difference, 1 if r == first else -1
-    return None
+def blocks_in_parallel(batch: int, blocking: WinogradBlocking) -> bool:
+    """Whether each block is computed from beginning to end by one thread; otherwise the steps of a block are parallel,
+    over channels, positions and filters."""
+    return batch * blocking.blocks >= _PARALLEL_BLOCKS
 
 
-def _columns_pair(matrix: Matrix, column: int) -> bool:
-    """Whether a column and the next are equal up to the signs of their entries, and nowhere zero."""
-    if column + 1 >= len(matrix[0]):
-        return False
-    return all(row[column] and abs(row[column]) == abs(row[column + 1]) for row in matrix)
+_PARALLEL_BLOCKS = 4
 
 
-def _terms(weights: Sequence[Fraction], operand: Callable[[int], tir.PrimExpr]) -> list[tuple[Fraction, tir.PrimExpr]]:
-    return [(weight, operand(i)) for i, weight in enumerate(weights) if weight]
+def row_groups(matrix: Matrix) -> list[tuple[int, ...]]:
+    """Rows that share sums together, the others alone."""
+    groups: list[tuple[int, ...]] = []
+    row = 0
+    while row < len(matrix):
+        paired = row + 1 < len(matrix) and even_odd(matrix[row], matrix[row + 1]) is not None
+        groups.append((row, row + 1) if paired else (row,))
+        row += len(groups[-1])
+    return groups
 
 
-def _weighted_sum(terms: Sequence[tuple[Fraction, tir.PrimExpr]]) -> tir.PrimExpr:
-    total: tir.PrimExpr | None = None
-    for weight, value in sorted((t for t in terms if t[0]), key=lambda t: t[0] < 0):  # start with a positive one
-        term = value if abs(weight) == 1 else value * tir.const(float(abs(weight)), "float32")
-        if total is None:
-            total = term if weight > 0 else tir.const(0, "float32") - term
-        else:
-            total = total + term if weight > 0 else total - term
-    return tir.const(0, "float32") if total is None else total
+def _tree_sum(terms: list[tir.PrimExpr]) -> tir.PrimExpr:
+    while len(terms) > 1:
+        pairs = [sum(terms[i + 1 : i + 2], start=terms[i]) for i in range(0, len(terms), 2)]
+        terms = pairs
+    return terms[0]
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

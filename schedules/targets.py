@@ -16,11 +16,12 @@ class CpuFacts:
 
     Attributes:
         lanes: float32 lanes of a vector. registers: architectural vector registers.
-        l2: bytes of second-level cache that one core has to itself.
+        l1: bytes of first-level data cache. l2: bytes of second-level cache that one core has to itself.
     """
 
     lanes: int
     registers: int
+    l1: int
     l2: int
 
     @property
@@ -92,13 +93,37 @@ _L2_KIB = {
 }
 _DEFAULT_L2_KIB = 512
 
+# By -mcpu, where it is not the 32 KiB of most.
+_L1_KIB = {
+    "icelake-client": 48,
+    "icelake-server": 48,
+    "rocketlake": 48,
+    "tigerlake": 48,
+    "sapphirerapids": 48,
+    "emeraldrapids": 48,
+    "graniterapids": 48,
+    "znver5": 48,
+    "cortex-a76": 64,
+    "cortex-a77": 64,
+    "cortex-a78": 64,
+    "neoverse-n1": 64,
+    "neoverse-n2": 64,
+    "neoverse-v1": 64,
+    "neoverse-v2": 64,
+    "cortex-x1": 64,
+    "cortex-x2": 64,
+    "apple-m1": 64,
+}
+_DEFAULT_L1_KIB = 32
+
 
 def cpu_facts(target: tvm.target.Target | str | None = None) -> CpuFacts:
     """Facts of a target's CPU; of the current target, or plain ``llvm``, when None."""
     resolved = _resolve(target)
     lanes, registers = _vector_unit(resolved)
     name = str(resolved.attrs.get("mcpu", "")).replace("_", "-")
-    return CpuFacts(lanes, registers, 1024 * _L2_KIB.get(name, _DEFAULT_L2_KIB))
+    l1, l2 = _L1_KIB.get(name, _DEFAULT_L1_KIB), _L2_KIB.get(name, _DEFAULT_L2_KIB)
+    return CpuFacts(lanes, registers, 1024 * l1, 1024 * l2)
 
 
 def why_not_target(target: tvm.target.Target | str) -> str | None:

@@ -1,0 +1,103 @@
+"""How an operator of this project comes into Relay, from Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+# Without it relay.build tries to download TVM's records of tuned schedules.
+os.environ.setdefault("TOPHUB_LOCATION", "NONE")
+
+import tvm
+from tvm import relay, te
+from tvm.relay.op import op as relay_op
+
+from .targets import why_not_target
+
+T = TypeVar("T")
+
+_MIXED_PRECISION_NEVER = 2
+
+Compute = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Tensor]
+Schedule = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Schedule]
+ResultShape = Callable[[tvm.ir.Attrs, Sequence[int]], Sequence[int]]
+
+
+def register(
+    name: str,
+    description: str,
+    arguments: Mapping[str, str],
+    result_shape: ResultShape,
+    compute: Compute,
+    schedule: Schedule,
+    *,
+    fusable: bool,
+) -> None:
+    """Register an operator of float32 data.
+
+    Args:
+        arguments: meaning by name; the first is the data.
+        result_shape: from attributes and shape of the data.
+        fusable: whether what follows it elementwise becomes part of its schedule.
+    """
+    relay_op.register(name, description)
+    operator = relay_op.get(name)
+    operator.set_num_inputs(len(arguments))
+    for argument, meaning in arguments.items():
+        operator.add_argument(argument, "Tensor", meaning)
+    operator.set_attrs_type_key("DictAttrs")
+    operator.add_type_rel(name, lambda types, attrs: _result_type(name, result_shape, types, attrs))
+    operator.set_support_level(10)
+    pattern = relay_op.OpPattern.OUT_ELEMWISE_FUSABLE if fusable else relay_op.OpPattern.OPAQUE
+    relay_op.register_pattern(name, pattern)
+    relay_op.register_stateful(name, False)
+    relay_op.register_mixed_precision_conversion(
+        name, lambda call, dtype: [_MIXED_PRECISION_NEVER, "float32", "float32"]
+    )
+
+    @tvm.target.override_native_generic_func(f"{name}.strategy")
+    def strategy(attrs: Any, inputs: Any, out_type: Any, target: tvm.target.Target) -> Any:
+        reason = why_not_target(target)
+        if reason is not None:
+            raise ValueError(reason)
+        implementation = relay_op.OpStrategy()
+        implementation.add_implementation(
+            lambda attrs, inputs, out_type: [compute(attrs, inputs, target)],
+            schedule,
+            name=f"{name}.cpu",
+        )
+        return implementation
+
+    relay_op.register_strategy(name, strategy)
+
+
+def call(name: str, arguments: Sequence[relay.Expr], **attributes: Any) -> relay.Expr:
+    """A call of a registered operator."""
+    return relay.Call(relay_op.get(name), list(arguments), tvm.ir.make_node("DictAttrs", **attributes))
+
+
+def unpack(kind: type[T], attrs: tvm.ir.Attrs) -> T:
+    """The dataclass whose fields are among the attributes, by name."""
+    return kind(**{field.name: plain(attrs[field.name]) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def plain(value: Any) -> Any:
+    """What an attribute was made of: a number, a string, or a tuple of numbers."""
+    if isinstance(value, list | tuple | tvm.ir.Array):
+        return tuple(plain(v) for v in value)
+    if isinstance(value, tvm.tir.IntImm):
+        return bool(value.value) if value.dtype == "bool" else int(value.value)
+    return float(value.value) if isinstance(value, tvm.tir.FloatImm) else value if isinstance(value, int | float) else str(value)
+
+
+def _result_type(
+    name: str, result_shape: ResultShape, types: Sequence[tvm.ir.Type], attrs: tvm.ir.Attrs
+) -> tvm.ir.Type | None:
+    data = types[0]
+    if not isinstance(data, relay.TensorType):
+        return None
+    if data.dtype != "float32" or not all(isinstance(size, tvm.tir.IntImm) for size in data.shape):
+        raise TypeError(f"{name} is made for float32 data of fixed shape, got {data}")
+    return relay.TensorType(list(result_shape(attrs, [int(size) for size in data.shape])), "float32")

@@ -1,0 +1,97 @@
+"""The tile layout: an image kept between layers as the planes that Winograd's transforms read and write.
+
+Pixel (row, col) = (m ty + a, m tx + b) lies in *plane* (a, b) at a *place* that depends on the tile (ty, tx) alone.
+Neighbouring tiles lie side by side, so that tiles are vector lanes, a vector may begin at any tile, and all that the
+transforms of a vector read and write is contiguous. Pixels of the last tiles beyond the image are zero, and so is
+everything around it, as far as a filter can reach.
+
+Rows of tiles follow each other in a plane. For filters that reach over the left or right edge there is either one
+place of zeros between two rows, shared by both; or, where that would waste too many lanes, the columns left and right
+of a tile have planes of their own (*spread*).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """An image of a tensor (batch, channels, planes, size).
+
+    Attributes:
+        height, width: of the image, in pixels.
+        m: pixels of a tile, down and across.
+        halo: pixels beyond a tile, to each side, that can be read; at most m.
+        spread: whether columns beyond a tile have planes of their own.
+        lanes: places come in multiples of it.
+    """
+
+    height: int
+    width: int
+    m: int
+    halo: int
+    spread: bool
+    lanes: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles (down, across)."""
+        return -(-self.height // self.m), -(-self.width // self.m)
+
+    @property
+    def cols(self) -> int:
+        """Places from a row of tiles to the next."""
+        return self.grid[1] + (0 if self.spread else 1)
+
+    @property
+    def columns(self) -> range:
+        """Columns of pixels, counted from a tile's first, that have planes."""
+        return range(-self.halo, self.m + self.halo) if self.spread else range(self.m)
+
+    @property
+    def planes(self) -> int:
+        return self.m * len(self.columns)
+
+    @property
+    def margin(self) -> int:
+        """Places of zeros before the first tile, and behind the last vector."""
+        return _up(self.cols + 1, self.lanes)
+
+    @property
+    def vectors(self) -> int:
+        """Vectors that hold all tiles."""
+        return -(-self.grid[0] * self.cols // self.lanes)
+
+    @property
+    def size(self) -> int:
+        """Places of a plane."""
+        return 2 * self.margin + self.vectors * self.lanes
+
+    def shape(self, batch: int, channels: int) -> tuple[int, int, int, int]:
+        """Of a tensor."""
+        return batch, channels, self.planes, self.size
+
+    def plane(self, row: int, col: int) -> int:
+        """Plane of pixel (row, col) of a tile, col in `columns`."""
+        return row * len(self.columns) + col - self.columns[0]
+
+    def locate(self, row: int, col: int) -> tuple[int, int]:
+        """(plane, places from the tile's own) of the pixel (row, col) of a tile, each in [-halo, m + halo)."""
+        down = row // self.m * self.cols
+        if self.spread:
+            return self.plane(row % self.m, col), down
+        return self.plane(row % self.m, col % self.m), down + col // self.m
+
+
+@cache
+def tile_layout(height: int, width: int, m: int, halo: int, lanes: int) -> TileLayout:
+    """The layout with the fewest vectors; spread, which takes more planes, where it saves a quarter of them."""
+    shared = TileLayout(height, width, m, m, False, lanes)
+    spread = replace(shared, halo=halo, spread=True)
+    return spread if spread.vectors <= 0.75 * shared.vectors else shared
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

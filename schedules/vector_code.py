@@ -1,0 +1,154 @@
+"""Vector code: the part of TIR that straight-line kernels are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+
+import tvm
+from tvm import tir
+
+from .targets import STACK_BYTES
+from .winograd import Matrix
+
+
+class VectorCode:
+    """Emits loads, stores and arithmetic on float32 vectors of one length."""
+
+    def __init__(self, ib: tvm.tir.ir_builder.IRBuilder, lanes: int) -> None:
+        self.ib = ib
+        self.lanes = lanes
+        self._scalars = 0
+        self._slots: list[tir.PrimExpr] = []
+
+    def let(self, value: tir.PrimExpr) -> tir.Var:
+        """A name for an integer: computed once, here."""
+        self._scalars += 1
+        return self.ib.let(f"i{self._scalars}", value)
+
+    @contextmanager
+    def loop(self, extent: int, name: str, kind: str = "serial") -> Iterator[tir.PrimExpr]:
+        """A loop; vectors kept inside are gone behind it."""
+        outer, self._slots = self._slots, []
+        with self.ib.for_range(0, extent, name=name, kind=kind) as i:
+            yield i
+        self._slots = outer
+
+    def keep(self, value: tir.PrimExpr) -> tir.PrimExpr:
+        """A vector computed once, here.
+
+        It goes into an array on the stack, of which LLVM makes registers. As a variable it would cost TVM's search for
+        common subexpressions a time that grows with the square of the variables.
+        """
+        if not self._slots:
+            self._slots = list(reversed(self.array((STACK_BYTES - 1) // (4 * self.lanes), "kept")))
+        slot = self._slots.pop()
+        self.set(slot, value)
+        return slot
+
+    def array(self, vectors: int, name: str) -> list[tir.BufferLoad]:
+        """Room for so many vectors, on the stack if they are less than STACK_BYTES."""
+        # Not of a vector type, nor in another scope than "global": TVM would put it elsewhere.
+        buffer = self.ib.allocate("float32", vectors * self.lanes, name=name, scope="global")._buffer
+        return [self.load(buffer, i * self.lanes) for i in range(vectors)]
+
+    def set(self, slot: tir.BufferLoad, value: tir.PrimExpr) -> None:
+        """Assign to an element of an array."""
+        self.ib.emit(tir.BufferStore(slot.buffer, value, slot.indices))
+
+    def splat(self, value: float | tir.PrimExpr, dtype: str = "float32") -> tir.PrimExpr:
+        """The same number in every lane."""
+        scalar = value if isinstance(value, tir.PrimExpr) else tir.const(value, dtype)
+        return tir.Broadcast(scalar, self.lanes) if self.lanes > 1 else scalar
+
+    def load(self, buffer: tir.Buffer, *index: tir.PrimExpr) -> tir.PrimExpr:
+        """A vector from an index on, along the last axis."""
+        return tir.BufferLoad(buffer, self._along_last(index))
+
+    def store(self, buffer: tir.Buffer, value: tir.PrimExpr, *index: tir.PrimExpr) -> None:
+        """A vector to an index, along the last axis."""
+        self.ib.emit(tir.BufferStore(buffer, value, self._along_last(index)))
+
+    def _along_last(self, index: Sequence[tir.PrimExpr]) -> list[tir.PrimExpr]:
+        *outer, last = index
+        return [*outer, tir.Ramp(last, 1, self.lanes) if self.lanes > 1 else last]
+
+    def product(
+        self, matrix: Matrix, operand: Callable[[int], tir.PrimExpr], rows: Sequence[int] | None = None
+    ) -> dict[int, tir.PrimExpr]:
+        """Rows of ``matrix @ operands``, all of them by default.
+
+        Rows and columns of Winograd's matrices come in pairs, for the points a and -a: what a pair shares is computed
+        once.
+        """
+        terms = _Terms(self, matrix, operand)
+        wanted = range(len(matrix)) if rows is None else rows
+        result: dict[int, tir.PrimExpr] = {}
+        for r in wanted:
+            if r in result:
+                continue
+            halves = even_odd(matrix[r], matrix[r + 1]) if r + 1 in wanted else None
+            if halves is None:
+                result[r] = self.keep(terms.sum(matrix[r]))
+            else:
+                even, odd = (self.keep(terms.sum(half)) for half in halves)
+                result[r], result[r + 1] = self.keep(even + odd), self.keep(even - odd)
+        return result
+
+
+class _Terms:
+    """The operands of a product, and the sums and differences of those that come in pairs; each is computed once."""
+
+    def __init__(self, code: VectorCode, matrix: Matrix, operand: Callable[[int], tir.PrimExpr]) -> None:
+        self.code = code
+        self.operand = operand
+        self.pairs = {i for i in range(len(matrix[0]) - 1) if _columns_pair(matrix, i)}
+        self.known: dict[tuple[int, str], tir.PrimExpr] = {}
+
+    def sum(self, weights: Sequence[Fraction]) -> tir.PrimExpr:
+        terms: list[tuple[Fraction, tir.PrimExpr]] = []
+        i = 0
+        while i < len(weights):
+            if i in self.pairs:
+                terms.append((weights[i], self._term(i, "+" if weights[i] == weights[i + 1] else "-")))
+                i += 2
+            else:
+                if weights[i]:
+                    terms.append((weights[i], self._term(i, "")))
+                i += 1
+        return self._weighted(terms)
+
+    def _term(self, i: int, sign: str) -> tir.PrimExpr:
+        if (i, sign) not in self.known:
+            if sign:
+                first, second = self._term(i, ""), self._term(i + 1, "")
+                self.known[i, sign] = self.code.keep(first + second if sign == "+" else first - second)
+            else:
+                self.known[i, sign] = self.code.keep(self.operand(i))
+        return self.known[i, sign]
+
+    def _weighted(self, terms: Sequence[tuple[Fraction, tir.PrimExpr]]) -> tir.PrimExpr:
+        # Those of weight 1 first: then every further one is one addition or one fused multiply-add.
+        total: tir.PrimExpr | None = None
+        for weight, value in sorted(terms, key=lambda term: (term[0] != 1, abs(term[0]) != 1)):
+            if total is None:
+                total = value if weight == 1 else value * self.code.splat(float(weight))
+            elif abs(weight) == 1:
+                total = total + value if weight > 0 else total - value
+            else:
+                total = total + value * self.code.splat(float(weight))
+        return self.code.splat(0.0) if total is None else total
+
+
+def _columns_pair(matrix: Matrix, column: int) -> bool:
+    """Whether a column and the next are equal up to the signs of their entries, and nowhere zero."""
+    return all(row[column] and abs(row[column]) == abs(row[column + 1]) for row in matrix)
+
+
+def even_odd(first: Sequence[Fraction], second: Sequence[Fraction]) -> tuple[list[Fraction], list[Fraction]] | None:
+    """(even, odd) with first = even + odd and second = even - odd, of different columns; None if there are none."""
+    even = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    odd = [(a - b) / 2 for a, b in zip(first, second, strict=True)]
+    disjoint = not any(a and b for a, b in zip(even, odd, strict=True))
+    return (even, odd) if disjoint and any(even) and any(odd) else None

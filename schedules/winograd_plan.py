@@ -1,0 +1,62 @@
+"""How a sparse Winograd convolution is computed: layouts of input and result, and blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from .blocking import Cpu, WinogradBlocking, winograd_blocking
+from .geometry import ConvGeometry
+from .tiles import TileLayout, tile_layout
+
+
+@dataclass(frozen=True)
+class WinogradPlan:
+    """All that the kernel is made from, weights apart.
+
+    Attributes:
+        geometry: stride and dilation 1, square filters.
+        source, result: layouts of input and result: the same tiles at the same places.
+        offset: (down, right) from a pixel of the input to the same pixel of the source layout's image.
+    """
+
+    geometry: ConvGeometry
+    source: TileLayout
+    result: TileLayout
+    offset: tuple[int, int]
+    blocking: WinogradBlocking
+
+    @classmethod
+    def of(cls, geometry: ConvGeometry, tile: int, lanes: int, vectors: int, split: int) -> WinogradPlan:
+        """From what an operator's attributes hold: tile size, lanes of a vector, vectors of a block and split sums."""
+        layout, offset = _layout(geometry, tile, lanes)
+        blocking = WinogradBlocking.of(layout.vectors, vectors, split)
+        return cls(geometry, layout, layout, offset, blocking)
+
+    @property
+    def positions(self) -> int:
+        """Of a tile in the Winograd domain, n x n."""
+        return (self.result.m + self.geometry.kernel[0] - 1) ** 2
+
+
+@cache
+def winograd_plan(geometry: ConvGeometry, tile: int, cpu: Cpu) -> WinogradPlan:
+    """The plan for a CPU."""
+    layout, _ = _layout(geometry, tile, cpu.lanes)
+    positions = (tile + geometry.kernel[0] - 1) ** 2
+    blocking = winograd_blocking(layout.vectors, geometry.in_channels, geometry.out_channels, positions, cpu)
+    return WinogradPlan.of(geometry, tile, cpu.lanes, blocking.vectors, blocking.split)
+
+
+def _layout(geometry: ConvGeometry, tile: int, lanes: int) -> tuple[TileLayout, tuple[int, int]]:
+    """Layout of input and result, and where in it the input lies.
+
+    With the padding that keeps the size of an image, the input is in the layout of any image of its size. With other
+    paddings tiles begin elsewhere, and there may be pixels where the layout has its zeros.
+    """
+    reach = (geometry.kernel[0] - 1) // 2
+    height, width = geometry.out_height, geometry.out_width
+    offset = (geometry.padding[0] - reach, geometry.padding[1] - reach)
+    if offset == (0, 0) and (height, width) == (geometry.in_height, geometry.in_width):
+        return tile_layout(height, width, tile, reach, lanes), offset
+    return TileLayout(height, width, tile, reach, True, lanes), offset
