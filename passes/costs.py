@@ -15,9 +15,10 @@ from typing import Protocol, runtime_checkable
 
 import tvm
 
-from ..schedules.blocking import direct_blocking, direct_panel, winograd_blocking
+from ..schedules.blocking import direct_blocking, direct_panel
 from ..schedules.geometry import ConvGeometry
 from ..schedules.targets import CpuFacts, cpu_facts
+from ..schedules.winograd_plan import winograd_plan
 from .plan import DENSE, DIRECT, TILE
 
 
@@ -273,15 +274,13 @@ def _direct_work(geometry: ConvGeometry, cpu: CpuFacts) -> _Work:
 
 @lru_cache(maxsize=4096)
 def _winograd_work(geometry: ConvGeometry, tile: int, cpu: CpuFacts) -> _Work:
-    blocking = winograd_blocking(geometry, tile, cpu)
-    blocks = geometry.batch * blocking.layout.blocks[0] * blocking.layout.blocks[1]
-    positions = (tile + geometry.kernel[0] - 1) ** 2
-    vectors = blocks * -(-blocking.tiles // cpu.lanes) * positions
+    plan = winograd_plan(geometry, tile, cpu)
+    vectors = geometry.batch * plan.result.vectors * plan.positions
     return _Work(
-        panels=blocks * blocking.panels,
-        panel_vectors=blocking.panel // cpu.lanes,
-        rows=geometry.out_channels * positions,
-        packed=blocks * geometry.in_channels * blocking.layout.channel_size,
+        panels=geometry.batch * plan.blocking.blocks,
+        panel_vectors=plan.blocking.vectors,
+        rows=geometry.out_channels * plan.positions,
+        packed=geometry.batch * geometry.in_channels * plan.source.planes * plan.source.size,
         inputs=vectors * geometry.in_channels,
         outputs=vectors * geometry.out_channels,
     )

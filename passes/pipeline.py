@@ -15,6 +15,7 @@ from .choose_kernels import DOMAINS, ChooseKernels
 from .collect_convolutions import CollectConvolutions
 from .convolutions import MAIN
 from .costs import CostModel, LinearCostModel
+from .keep_tiles import KeepTiles
 from .layers import Worklist
 from .plan import Plan
 from .prune_winograd import PruneWinograd
@@ -76,11 +77,11 @@ def sparsify(
         # Phase 3. Which Winograd weights are zero; then a kernel for each layer, by cost.
         PruneWinograd(worklist, winograd_sparsity, tile=tile, weighted=weighted),
         ChooseKernels(worklist, device, domain, cost_model=cost_model or LinearCostModel()),
-        # Phase 4. Sparse operators for the layers chosen; the weights of the others become constants.
+        # Phase 4. Sparse operators for the layers chosen, the weights of the others constants; no conversion in vain.
         RewriteConvolutions(worklist, device),
         BindParameters(params),
         relay.transform.FoldConstant(),
-        relay.transform.InferType(),
+        KeepTiles(),
     ]
     with _every_pass():
         result = tvm.transform.Sequential(passes, name="Sparsify")(mod)

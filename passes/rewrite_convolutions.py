@@ -67,4 +67,4 @@ def _sparse_call(layer: Layer, data: relay.Expr, target: tvm.target.Target) -> r
     weight = layer.sparse_weight(layer.kernel)
     if layer.kernel == DIRECT:
         return conv2d_sparse_direct(data, weight, layer.geometry, target)
-    return conv2d_sparse_winograd(data, weight, layer.geometry, TILE[layer.kernel])
+    return conv2d_sparse_winograd(data, weight, layer.geometry, TILE[layer.kernel], target)
