@@ -106,10 +106,8 @@ class _Rewriter:
         if found is None:
             return False
         self.tiles[call] = found
-        reader = found[0]
-        if _is_call(reader, WINOGRAD, WINOGRAD_ADD) and not unpack(Activation, reader.attrs).activation:
-            if absorbed or self.uses[call.args[0]] == 1:
-                self.open.add(call)
+        if _has_no_activation(found[0]) and (absorbed or self.uses[call.args[0]] == 1):
+            self.open.add(call)
         return True
 
     def _absorbs(self, node: relay.Expr) -> bool:
@@ -179,6 +177,11 @@ def _operands(node: relay.Expr) -> list[relay.Expr]:
     if isinstance(node, relay.Tuple):
         return list(node.fields)
     return [node.tuple_value] if isinstance(node, relay.TupleGetItem) else []
+
+
+def _has_no_activation(tiles: relay.Expr) -> bool:
+    """Whether this is the result of a Winograd operator that does not activate."""
+    return _is_call(tiles, WINOGRAD, WINOGRAD_ADD) and not unpack(Activation, tiles.attrs).activation
 
 
 def _either_way(call: relay.Call, *names: str) -> list[tuple[relay.Expr, relay.Expr]]:

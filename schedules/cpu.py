@@ -1,4 +1,4 @@
-"""CPU schedules of the two kernels: what is blocked, vectorised, unrolled and run in parallel.
+"""CPU schedule of sparse direct convolution: what is blocked, vectorised, unrolled and run in parallel.
 
 Vector length, registers and caches come from targets.py.
 """
@@ -30,14 +30,12 @@ class _Kernel:
         stages: the tensors of the convolution, by tag.
         last: the tensor whose loops go over the output pixels; the epilogue is inlined into it.
         layout: the blocks of the convolution.
-        tile: a position is tile x tile output pixels.
     """
 
     schedule: te.Schedule
     stages: dict[str, te.Tensor]
     last: te.Tensor
     layout: PhaseLayout
-    tile: int
     cpu: CpuFacts
 
     def stage(self, tag: str) -> te.Stage:
@@ -56,7 +54,7 @@ def blocks_in_parallel(batch: int, layout: PhaseLayout) -> bool:
 
 def schedule_direct(outs: Sequence[te.Tensor], layout: PhaseLayout, target: tvm.target.Target) -> te.Schedule:
     """Schedule a function that holds one sparse direct convolution and ends in `outs`."""
-    kernel = _start(outs, sparse_direct.OUTPUT, layout, 1, cpu_facts(target))
+    kernel = _start(outs, sparse_direct.OUTPUT, layout, cpu_facts(target))
     last = kernel.schedule[kernel.last]
     block, channel = _loop_over_blocks(kernel)
     kernel.stage(sparse_direct.PRODUCTS).compute_at(last, channel)
@@ -70,7 +68,7 @@ def schedule_direct(outs: Sequence[te.Tensor], layout: PhaseLayout, target: tvm.
     return kernel.schedule
 
 
-def _start(outs: Sequence[te.Tensor], output: str, layout: PhaseLayout, tile: int, cpu: CpuFacts) -> _Kernel:
+def _start(outs: Sequence[te.Tensor], output: str, layout: PhaseLayout, cpu: CpuFacts) -> _Kernel:
     """Inline the epilogue, into the last tensor if that has the shape of the convolution's."""
     tensors = [outs] if isinstance(outs, te.Tensor) else list(outs)
     schedule = te.create_schedule([t.op for t in tensors])
@@ -90,21 +88,17 @@ def _start(outs: Sequence[te.Tensor], output: str, layout: PhaseLayout, tile: in
             last = final
         else:
             topi.x86.schedule_injective_from_existing(schedule, final)
-    return _Kernel(schedule, ours, last, layout, tile, cpu)
+    return _Kernel(schedule, ours, last, layout, cpu)
 
 
 def _loop_over_blocks(kernel: _Kernel) -> tuple[tir.IterVar, tir.IterVar]:
     """Loops of the last stage: block, output channel, the pixels of the block. Returns the first two, which are one
     where blocks are too few to run in parallel."""
-    stage, tile = kernel.schedule[kernel.last], kernel.tile
+    stage = kernel.schedule[kernel.last]
     n, k, h, w = stage.op.axis
-    block_row, row = stage.split(h, kernel.layout.rows * tile)
-    block_col, col = stage.split(w, kernel.layout.cols * tile)
-    if tile == 1:
-        stage.reorder(n, block_row, block_col, k, row, col)
-    else:
-        tile_row, in_row = stage.split(row, tile)
-        stage.reorder(n, block_row, block_col, k, tile_row, in_row, col)
+    block_row, row = stage.split(h, kernel.layout.rows)
+    block_col, col = stage.split(w, kernel.layout.cols)
+    stage.reorder(n, block_row, block_col, k, row, col)
     block = stage.fuse(n, block_row, block_col)
     if not kernel.parallel_blocks:
         block = k = stage.fuse(block, k)

@@ -106,7 +106,9 @@ def _rows(
     stored_indices[places] = indices
     # What fills a row up points where the row points anyway: zero times an infinity elsewhere would be felt.
     missing = groups * group - counts
-    filled = np.repeat(starts[:-1] * group + counts - (np.cumsum(missing) - missing), missing) + np.arange(missing.sum())
+    filled = np.repeat(starts[:-1] * group + counts - (np.cumsum(missing) - missing), missing) + np.arange(
+        missing.sum()
+    )
     stored_indices[filled] = np.repeat(indices[(np.cumsum(counts) - 1)[missing > 0]], missing[missing > 0])
     return SparseRows(stored_values, stored_indices, starts.astype(np.int32), group)
 

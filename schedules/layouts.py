@@ -1,10 +1,10 @@
 """Where the packed input of a convolution lies in memory: blocks, phase planes and positions.
 
-A *position* is what the kernels vectorise over: an output pixel for the direct kernel, an output tile for Winograd. One
-step from a position to its neighbour is `step` input pixels (the stride, or the tile size m). The padded input is split
-into *phase planes*: plane (a, b) holds the pixels whose row is a, and column b, modulo `step`. Then what neighbouring
-positions read lies side by side, for every stride, padding, dilation and tile size, and a filter tap is an offset.
-Positions are computed in blocks of `rows` x `cols`, small enough for the planes of a block to stay in cache.
+A *position* is what the direct kernel vectorises over, an output pixel. One step from a position to its neighbour is
+`step` input pixels, the stride. The padded input is split into *phase planes*: plane (a, b) holds the pixels whose row
+is a, and column b, modulo `step`. Then what neighbouring positions read lies side by side, for every stride, padding
+and dilation, and a filter tap is an offset. Positions are computed in blocks of `rows` x `cols`, small enough for the
+planes of a block to stay in cache. (Winograd's layout is that of tiles.py, of whole images, kept between layers.)
 """
 
 from __future__ import annotations
@@ -79,10 +79,3 @@ def direct_layout(geometry: ConvGeometry, rows: int, cols: int) -> PhaseLayout:
     """Planes for direct convolution: a position is an output pixel, the step is the stride."""
     taps = tuple(range(0, k * d, d) for k, d in zip(geometry.kernel, geometry.dilation, strict=True))
     return layout_for_taps((geometry.out_height, geometry.out_width), geometry.strides, (taps[0], taps[1]), rows, cols)
-
-
-def winograd_layout(geometry: ConvGeometry, m: int, rows: int, cols: int) -> PhaseLayout:
-    """Planes for F(m x m, r x r): a position is an output tile, the step is m. Tiles start at output (0, 0)."""
-    n = m + geometry.kernel[0] - 1
-    grid = (-(-geometry.out_height // m), -(-geometry.out_width // m))
-    return layout_for_taps(grid, (m, m), (range(n), range(n)), rows, cols)

@@ -2,9 +2,9 @@
 
 ``jointsparse.conv2d_sparse_direct`` takes data and three constants (values, indices, indptr: SparseRows of formats.py)
 and is otherwise like ``nn.conv2d`` in NCHW, float32: what may follow a convolution is fused into it.
-``jointsparse.conv2d_sparse_winograd`` works on images in tile layout, into and out of which
-``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them; it adds a bias, in its form ``..._add`` a residual as
-well, and activates. Attributes hold the whole geometry, so the type of the result follows from them.
+``jointsparse.conv2d_sparse_winograd`` works on images in tile layout, into and out of which ``jointsparse.to_tiles``
+and ``jointsparse.from_tiles`` bring them; it adds a bias, in its form ``..._add`` a residual as well, and activates.
+Attributes hold the whole geometry, so the type of the result follows from them.
 """
 
 from __future__ import annotations

@@ -89,7 +89,13 @@ def plain(value: Any) -> Any:
         return tuple(plain(v) for v in value)
     if isinstance(value, tvm.tir.IntImm):
         return bool(value.value) if value.dtype == "bool" else int(value.value)
-    return float(value.value) if isinstance(value, tvm.tir.FloatImm) else value if isinstance(value, int | float) else str(value)
+    return (
+        float(value.value)
+        if isinstance(value, tvm.tir.FloatImm)
+        else value
+        if isinstance(value, int | float)
+        else str(value)
+    )
 
 
 def _result_type(

@@ -134,8 +134,12 @@ class _Kernel:
         """All three steps; each goes over what can be done in parallel, `kind` says whether it is."""
         geometry, float32 = self.geometry, "float32"
         tiles = block.length * self.lanes
-        inputs = self.ib.allocate(float32, self.positions * (geometry.in_channels * tiles + SKEW), name="V", scope="global")
-        products = self.ib.allocate(float32, self.positions * (geometry.out_channels * tiles + SKEW), name="M", scope="global")
+        inputs = self.ib.allocate(
+            float32, self.positions * (geometry.in_channels * tiles + SKEW), name="V", scope="global"
+        )
+        products = self.ib.allocate(
+            float32, self.positions * (geometry.out_channels * tiles + SKEW), name="M", scope="global"
+        )
         with self.code.loop(geometry.in_channels, "c", kind) as c:
             self._transform_input(block, c, inputs._buffer)
         with self.code.loop(self.positions, "xi", kind) as xi:
@@ -162,7 +166,7 @@ class _Kernel:
             for rows in row_groups(self.matrices.BT):
                 columns = [code.product(self.matrices.BT, lambda i, j=j: pixel(i, j), rows) for j in range(n)]
                 for u in rows:
-                    row = code.product(self.matrices.BT, lambda j, u=u: columns[j][u])
+                    row = code.product(self.matrices.BT, lambda j, u=u, columns=columns: columns[j][u])
                     for v in range(n):
                         code.store(inputs, row[v], (u * n + v) * stride + target)
 
@@ -231,7 +235,9 @@ class _Kernel:
             to = -(col // m)  # the tile whose column `col` this is, counted from the pixel's own
             row_at = code.load(rows, self.lanes + vector + to)
             col_at = code.load(cols, self.lanes + vector + to)
-            inside = tir.And(row_at < code.splat(result.height - i, "int32"), col_at < code.splat(result.width - col, "int32"))
+            inside = tir.And(
+                row_at < code.splat(result.height - i, "int32"), col_at < code.splat(result.width - col, "int32")
+            )
             if col < 0:
                 inside = tir.And(inside, col_at >= code.splat(-col, "int32"))
             kept = tir.Select(inside, value, code.splat(0.0))

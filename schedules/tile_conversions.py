@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import tvm
 from tvm import te, tir
+from tvm.tir.ir_builder import IRBuilder
 
 from .tiles import TileLayout
+
+_Copy = Callable[[int, int, tir.PrimExpr, tir.PrimExpr], tir.Stmt]
+"""Copies pixel (row, column) of tile (down, right)."""
 
 
 def to_tiles(data: te.Tensor, layout: TileLayout, offset: tuple[int, int] = (0, 0)) -> te.Tensor:
@@ -22,96 +26,89 @@ def to_tiles(data: te.Tensor, layout: TileLayout, offset: tuple[int, int] = (0, 
         (N, C, planes, size).
     """
     batch, channels, height, width = (int(s) for s in data.shape)
+    down, right = offset
+    reached = (-layout.halo, layout.grid[0] * layout.m + layout.halo)
+    rows = [
+        _common(_tiles_with(row, *reached, layout.m), _tiles_with(row - down, 0, height, layout.m))
+        for row in range(layout.m)
+    ]
+    columns = {
+        col: _common(range(layout.grid[1]), _tiles_with(col - right, 0, width, layout.m)) for col in layout.columns
+    }
 
-    def fill(source: tir.Buffer, target: tir.Buffer) -> tir.Stmt:
+    def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
+        (image,), (tiles,) = ins, outs
         ib = tvm.tir.ir_builder.create()
-        with ib.for_range(0, batch * channels, name="image", kind="parallel") as image:
-            n, c = image // channels, tir.floormod(image, channels)
-            _clear(ib, lambda plane, place: tir.BufferStore(target, _ZERO, [n, c, plane, place]), layout)
-            for a in range(layout.m):
-                rows = _tiles_over(a, -layout.halo, layout.grid[0] * layout.m + layout.halo, layout.m)
-                rows = _common(rows, _tiles_over(a - offset[0], 0, height, layout.m))
-                with ib.for_range(0, len(rows), name="ty") as i:
-                    row, start = (rows.start + i) * layout.m + a - offset[0], _row_start(layout, rows.start + i)
-                    spans = {
-                        b: _common(range(layout.grid[1]), _tiles_over(b - offset[1], 0, width, layout.m))
-                        for b in layout.columns
-                    }
+        with ib.for_range(0, batch * channels, name="channel", kind="parallel") as i:
+            n, c = i // channels, tir.floormod(i, channels)
 
-                    def copy(tx: tir.PrimExpr, b: int, row: tir.PrimExpr = row, start: tir.PrimExpr = start) -> None:
-                        pixel = source[n, c, row, tx * layout.m + (b - offset[1])]
-                        ib.emit(tir.BufferStore(target, pixel, [n, c, layout.plane(a, b), start + tx]))
+            def copy(row: int, col: int, ty: tir.PrimExpr, tx: tir.PrimExpr) -> tir.Stmt:
+                pixel = image[n, c, ty * layout.m + (row - down), tx * layout.m + (col - right)]
+                return tir.BufferStore(tiles, pixel, [n, c, layout.plane(row, col), _place(layout, ty, tx)])
 
-                    _across(ib, spans, copy)
+            _clear(ib, tiles, [n, c])
+            _each_pixel(ib, rows, columns, copy)
         return ib.get()
 
-    return te.extern(
-        [layout.shape(batch, channels)], [data], lambda ins, outs: fill(ins[0], outs[0]), name="tiles", dtype="float32"
-    )
+    return te.extern([layout.shape(batch, channels)], [data], emit, name="tiles", dtype="float32")
 
 
 def from_tiles(tiles: te.Tensor, layout: TileLayout) -> te.Tensor:
     """The images (N, C, height, width) of a tensor in tile layout."""
     batch, channels = (int(s) for s in tiles.shape[:2])
+    rows = [_tiles_with(row, 0, layout.height, layout.m) for row in range(layout.m)]
+    columns = {col: _tiles_with(col, 0, layout.width, layout.m) for col in range(layout.m)}
 
-    def fill(source: tir.Buffer, target: tir.Buffer) -> tir.Stmt:
+    def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
+        (source,), (image,) = ins, outs
         ib = tvm.tir.ir_builder.create()
-        with ib.for_range(0, batch * channels, name="image", kind="parallel") as image:
-            n, c = image // channels, tir.floormod(image, channels)
-            for a in range(layout.m):
-                rows = _tiles_over(a, 0, layout.height, layout.m)
-                with ib.for_range(0, len(rows), name="ty") as ty:
-                    spans = {b: _tiles_over(b, 0, layout.width, layout.m) for b in range(layout.m)}
+        with ib.for_range(0, batch * channels, name="channel", kind="parallel") as i:
+            n, c = i // channels, tir.floormod(i, channels)
 
-                    def copy(tx: tir.PrimExpr, b: int, ty: tir.PrimExpr = ty, a: int = a) -> None:
-                        pixel = source[n, c, layout.plane(a, b), _row_start(layout, ty) + tx]
-                        ib.emit(tir.BufferStore(target, pixel, [n, c, ty * layout.m + a, tx * layout.m + b]))
+            def copy(row: int, col: int, ty: tir.PrimExpr, tx: tir.PrimExpr) -> tir.Stmt:
+                pixel = source[n, c, layout.plane(row, col), _place(layout, ty, tx)]
+                return tir.BufferStore(image, pixel, [n, c, ty * layout.m + row, tx * layout.m + col])
 
-                    _across(ib, spans, copy)
+            _each_pixel(ib, rows, columns, copy)
         return ib.get()
 
-    return te.extern(
-        [(batch, channels, layout.height, layout.width)],
-        [tiles],
-        lambda ins, outs: fill(ins[0], outs[0]),
-        name="image",
-        dtype="float32",
-    )
+    shape = (batch, channels, layout.height, layout.width)
+    return te.extern([shape], [tiles], emit, name="image", dtype="float32")
 
 
-_ZERO = tir.const(0, "float32")
+def _place(layout: TileLayout, ty: tir.PrimExpr, tx: tir.PrimExpr) -> tir.PrimExpr:
+    return layout.margin + ty * layout.cols + tx
 
 
-def _clear(ib: tvm.tir.ir_builder.IRBuilder, zero: Callable[..., tir.Stmt], layout: TileLayout) -> None:
-    with ib.for_range(0, layout.planes, name="plane") as plane:
-        with ib.for_range(0, layout.size, name="place") as place:
-            ib.emit(zero(plane, place))
+def _clear(ib: IRBuilder, tiles: tir.Buffer, channel: Sequence[tir.PrimExpr]) -> None:
+    planes, size = tiles.shape[2:]
+    with ib.for_range(0, planes, name="plane") as plane, ib.for_range(0, size, name="place") as place:
+        ib.emit(tir.BufferStore(tiles, tir.const(0, "float32"), [*channel, plane, place]))
 
 
-def _row_start(layout: TileLayout, ty: tir.PrimExpr) -> tir.PrimExpr:
-    return layout.margin + ty * layout.cols
+def _each_pixel(ib: IRBuilder, rows: Sequence[range], columns: Mapping[int, range], copy: _Copy) -> None:
+    """Copy the pixels (row, col) of the tiles `rows[row]` x `columns[col]`.
+
+    Tiles that have all columns are done column by column in one loop, of which LLVM makes shuffles.
+    """
+    complete = range(max(span.start for span in columns.values()), min(span.stop for span in columns.values()))
+    for row, down in enumerate(rows):
+        with ib.for_range(0, len(down), name="ty") as i:
+            ty = down.start + i
+            with ib.for_range(0, len(complete), name="tx") as j:
+                for col in columns:
+                    ib.emit(copy(row, col, ty, complete.start + j))
+            for col, across in columns.items():
+                for tx in across:
+                    if tx not in complete:
+                        ib.emit(copy(row, col, ty, tir.const(tx, "int32")))
 
 
-def _across(
-    ib: tvm.tir.ir_builder.IRBuilder, spans: dict[int, range], copy: Callable[[tir.PrimExpr, int], None]
-) -> None:
-    """Copy tiles `spans[b]` of every column b: those of all columns together, which LLVM makes shuffles of."""
-    shared = range(max(span.start for span in spans.values()), min(span.stop for span in spans.values()))
-    if shared:
-        with ib.for_range(0, len(shared), name="tx") as i:
-            for b in spans:
-                copy(shared.start + i, b)
-    for b, span in spans.items():
-        for tx in span:
-            if tx not in shared:
-                copy(tir.const(tx, "int32"), b)
-
-
-def _tiles_over(pixel: int, first: int, end: int, m: int) -> range:
+def _tiles_with(pixel: int, first: int, end: int, m: int) -> range:
     """Tiles t with first <= m t + pixel < end."""
     return range(-((pixel - first) // m), -((pixel - end) // m))
 
 
 def _common(one: range, other: range) -> range:
-    start, stop = max(one.start, other.start), min(one.stop, other.stop)
-    return range(start, max(start, stop))
+    start = max(one.start, other.start)
+    return range(start, max(start, min(one.stop, other.stop)))
