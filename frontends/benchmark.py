@@ -11,17 +11,15 @@ from typing import Any
 
 import onnx
 
-from . import onnx_graph
-from .compiling import Shapes
+from .compiling import Shapes, read_onnx
 from .engines import ENGINES, OURS, PEERS, find_engine, machine
 from .engines.measuring import Measurement, Setting, Workbench, check_setting
 from .errors import InputError
-from .model_file import input_shapes as by_name
-from .model_file import read_model
 
 JSON_FORMAT = "jointsparse.bench"
 JSON_VERSION = 1
 
+DEFAULT_SETTING = Setting()
 DEFAULT_PEERS = ("onnxruntime", "openvino", "torch")
 
 
@@ -76,7 +74,7 @@ class BenchResult:
 def bench(
     model: Path,
     against: Sequence[str] = DEFAULT_PEERS,
-    setting: Setting = Setting(),
+    setting: Setting = DEFAULT_SETTING,
     *,
     input_shapes: Shapes | None = None,
     progress: Callable[[str], None] = lambda stage: None,
@@ -98,7 +96,7 @@ def bench(
     check_setting(setting)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        onnx.save_model(_fixed(model, input_shapes), folder / "model.onnx")
+        onnx.save_model(read_onnx(model, input_shapes), folder / "model.onnx")
         workbench = Workbench(folder / "model.onnx", folder)
         measurements = []
         for engine in engines:
@@ -129,16 +127,3 @@ def _engine(measurement: Measurement) -> dict[str, Any]:
     values = asdict(measurement)
     name = measurement.engine
     return {"engine": name, "precision": ENGINES[name].precision, **{key: values[key] for key in keys}}
-
-
-def _fixed(path: Path, input_shapes: Shapes | None) -> onnx.ModelProto:
-    """The model as ONNX with fixed shapes, thresholds in its metadata."""
-    if path.suffix.lower() == ".jsm":
-        if input_shapes is not None:
-            raise InputError(f"{path}: its shapes are fixed; leave --input-shapes out")
-        return read_model(path)
-    if path.suffix.lower() != ".onnx":
-        raise InputError(f"{path}: unknown kind of model; give a .jsm or .onnx file")
-    model, name = onnx_graph.read(path)
-    onnx_graph.fix_input_shapes(model, by_name(model, input_shapes, name), name)
-    return model

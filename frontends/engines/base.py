@@ -6,6 +6,7 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ class Build:
 
     Attributes:
         path: of the file that ``prepare`` reads.
-        winograd: weights computed by Winograd kernels, for which the model's thresholds count.
+        winograd: names that include the weights computed by Winograd kernels, for which the model's thresholds count.
         layers: one object a convolution, as in ``Plan.to_json``; empty for peers.
     """
 
@@ -67,6 +68,8 @@ class Engine(ABC):
 
     distribution: ClassVar[str]
     """What pip calls it."""
+    modules: ClassVar[tuple[str, ...]]
+    """What ``prepare`` imports."""
     ahead_of_time: ClassVar[bool] = False
     """Whether ``build`` does anything."""
 
@@ -78,6 +81,11 @@ class Engine(ABC):
             raise LeftOut(
                 f"{self.distribution} is not installed; pip install {self.distribution}, or 'jointsparse[bench]'"
             ) from None
+
+    def load(self) -> None:
+        """Import the engine's modules, so that memory can be told apart: theirs and the model's."""
+        for module in self.modules:
+            import_module(module)
 
     def why_not(self, isa: str) -> str | None:
         """Why this engine cannot be held to an instruction set, None if it can."""

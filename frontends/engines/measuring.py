@@ -44,7 +44,8 @@ class Measurement:
         engine, threads, isa: what was measured. version: of the engine.
         left_out: why there are no times; None if there are.
         error: relative RMS error against the reference. min_ms, median_ms: of ``runs`` runs.
-        peak_bytes: most memory of the process. build_seconds, build_bytes: of the package.
+        peak_bytes: most memory held to load and run the model once, the engine's own libraries not counted.
+        build_seconds, build_bytes: of the package.
         plan: the package's convolutions, as in ``Plan.to_json``.
         operators: of the package, with ``name``, ``layer``, ``ms``, ``multiply_adds``.
         peak_gmacs: 1e9 multiply-adds a second that the cores used could do.

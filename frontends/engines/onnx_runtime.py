@@ -14,6 +14,7 @@ class OnnxRuntime(Engine):
     """All graph optimisations, one inference at a time."""
 
     distribution: ClassVar[str] = "onnxruntime"
+    modules: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     def why_not(self, isa: str) -> str | None:
         if isa == AVX2:

@@ -26,6 +26,7 @@ class OpenVino(Engine):
     """
 
     distribution: ClassVar[str] = "openvino"
+    modules: ClassVar[tuple[str, ...]] = ("openvino",)
 
     @property
     def ahead_of_time(self) -> bool:  # type: ignore[override]  # depends on the precision here

@@ -20,8 +20,8 @@ def compute(
 ) -> tuple[list[NDArray[Any]], str]:
     """Outputs of an ONNX model, and how they were computed.
 
-    In double precision by PyTorch, with the thresholds of the weights in ``winograd`` applied. Where torch is missing or
-    an operator is not known there, by ONNX Runtime, but only if no thresholds count.
+    In double precision by PyTorch, with the thresholds of the weights in ``winograd`` applied. Where torch is missing
+    or an operator is not known there, by ONNX Runtime, but only if no thresholds count.
 
     Raises:
         LeftOut: neither can.

@@ -21,6 +21,7 @@ class TorchScript(Engine):
     inference, whichever is faster here."""
 
     distribution: ClassVar[str] = "torch"
+    modules: ClassVar[tuple[str, ...]] = ("torch",)
 
     def environment(self, isa: str) -> dict[str, str]:
         if isa != AVX2:

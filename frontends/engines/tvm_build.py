@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ...passes.plan import TILE
 from ..compiling import compile_model
 from ..target_strings import host_target
 from .base import AVX2, Build, Engine, Inputs, LeftOut, Prepared
@@ -24,6 +25,7 @@ class TvmBuild(Engine):
     domain: str = field(default="", kw_only=True)
 
     distribution: ClassVar[str] = "xtc-tvm-python-bindings"
+    modules: ClassVar[tuple[str, ...]] = ("tvm", "tvm.contrib.graph_executor", "tvm.driver.tvmc.model")
     ahead_of_time: ClassVar[bool] = True
 
     def version(self) -> str:
@@ -48,7 +50,9 @@ class TvmBuild(Engine):
         package = folder / f"{self.name}-{isa}.tar"
         plan = compile_model(model, self.target(isa), package, domain=self.domain or self.name)
         layers = json.loads(plan.to_json())["layers"]
-        winograd = tuple(f"{layer.name}.weight" for layer in plan if layer.kernel.startswith("winograd"))
+        # The plan drops the ending that torch gives the names of weights.
+        kernels = [layer.name for layer in plan if layer.kernel in TILE]
+        winograd = (*kernels, *(f"{name}.weight" for name in kernels))
         return Build(package, winograd, tuple(layers))
 
     def prepare(self, path: Path, inputs: Inputs, threads: int) -> Prepared:
