@@ -94,6 +94,7 @@ def bench(
     """
     engines = [find_engine(name) for name in dict.fromkeys((*OURS, "tvm", *against))]
     check_setting(setting)
+    where = machine.describe()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         onnx.save_model(read_onnx(model, input_shapes), folder / "model.onnx")
@@ -102,7 +103,7 @@ def bench(
         for engine in engines:
             progress(engine.title)
             measurements.append(workbench.measure(engine, setting))
-    result = BenchResult(model, setting, machine.describe(), tuple(measurements))
+    result = BenchResult(model, setting, where, tuple(measurements))
     if result.fastest_build is None:
         raise InputError(f"{model}: no sparse build could be measured; {measurements[0].left_out}")
     return result
