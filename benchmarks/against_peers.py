@@ -26,7 +26,7 @@ from onnx import ModelProto
 from benchmarks import networks
 from benchmarks.report import show
 from benchmarks.results import Results
-from benchmarks.rows import CASES, Case
+from benchmarks.rows import CASES, Case, case_of
 from jointsparse.frontends.engines import ENGINES, ISAS, OURS, Engine, LeftOut
 from jointsparse.frontends.engines.measuring import Setting, Workbench, check_setting
 from jointsparse.frontends.errors import InputError
@@ -88,9 +88,8 @@ def _version(engine: Engine) -> str | None:
 def cases(names: list[str], sparsities: list[float] | None) -> Iterator[Case]:
     """The rows of the table for some networks; at other sparsities than the table's, rows without requirements."""
     for name in names:
-        known = {case.sparsity: case for case in CASES if case.network == name}
-        for sparsity in sparsities or known:
-            yield known.get(sparsity, Case(name, sparsity))
+        for sparsity in sparsities or [case.sparsity for case in CASES if case.network == name]:
+            yield case_of(name, sparsity)
 
 
 def main() -> None:

@@ -51,12 +51,9 @@ class Rows:
         self.engines = engines
 
     def row(self, case: Case, setting: Setting) -> list[Measurement]:
-        """The measurements of a case that there are, in the order of the engines."""
-        found = (
-            self.results.get(case.network, case.sparsity if engine.name in OURS else 0.0, engine.name, setting)
-            for engine in self.engines
-        )
-        return [measurement for measurement in found if measurement is not None]
+        """The measurements of a case that there are, of the engines chosen."""
+        names = {engine.name for engine in self.engines}
+        return [one for one in self.results.row(case.network, case.sparsity, setting) if one.engine in names]
 
     def times(self, setting: Setting) -> Table:
         """Milliseconds, and the fastest sparse build against the fastest dense fp32 engine."""

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jointsparse.frontends.engines import machine
+from benchmarks.rows import case_of
+from jointsparse.frontends.benchmark import fastest, ratio
+from jointsparse.frontends.engines import ENGINES, NATIVE, OURS, PEERS, machine
 from jointsparse.frontends.engines.measuring import Measurement, Setting
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.outputs import check_output, replacing
@@ -24,7 +26,10 @@ class Results:
     """Measurements by what was measured.
 
     The file is an object with ``format`` ("jointsparse.benchmarks"), ``version`` (1), ``machine`` (see
-    ``engines.machine``) and ``results``: objects with ``network``, ``sparsity`` and the attributes of ``Measurement``.
+    ``engines.machine``), ``results``: objects with ``network``, ``sparsity`` and the attributes of ``Measurement``; and
+    ``table``: objects with ``network``, ``sparsity``, ``threads``, ``isa``, ``fastest_build``, ``fastest_peer`` (names
+    or null), ``speed_up`` (of the first over the second, by least times), ``at_least`` and ``aim`` (null where nothing
+    is asked for).
 
     Attributes:
         path: of the file, None to keep nothing. machine: that all of them are from.
@@ -81,7 +86,39 @@ class Results:
             {"network": key[0], "sparsity": key[1], **asdict(measurement)}
             for key, measurement in self.measurements.items()
         ]
-        return {"format": FORMAT, "version": VERSION, "machine": self.machine, "results": entries}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "machine": self.machine,
+            "table": self._table(),
+            "results": entries,
+        }
+
+    def row(self, network: str, sparsity: float, setting: Setting) -> list[Measurement]:
+        """All engines' measurements of one line of a table: sparse builds at that sparsity, the others dense."""
+        found = (self.get(network, sparsity if name in OURS else 0.0, name, setting) for name in ENGINES)
+        return [measurement for measurement in found if measurement is not None]
+
+    def _table(self) -> list[dict[str, Any]]:
+        lines = dict.fromkeys((key[0], key[1], key[3], key[4]) for key in self.measurements if key[2] in OURS)
+        return [self._line(network, sparsity, Setting(threads, isa)) for network, sparsity, threads, isa in lines]
+
+    def _line(self, network: str, sparsity: float, setting: Setting) -> dict[str, Any]:
+        row = self.row(network, sparsity, setting)
+        build, peer = fastest(row, OURS), fastest(row, PEERS)
+        case = case_of(network, sparsity)
+        asked = setting.threads == 1 and setting.isa == NATIVE
+        return {
+            "network": network,
+            "sparsity": sparsity,
+            "threads": setting.threads,
+            "isa": setting.isa,
+            "fastest_build": build and build.engine,
+            "fastest_peer": peer and peer.engine,
+            "speed_up": ratio(peer, build),
+            "at_least": case.at_least if asked else None,
+            "aim": case.aim if asked else None,
+        }
 
     def _put(self, network: str, sparsity: float, measurement: Measurement) -> None:
         key = (network, sparsity, measurement.engine, measurement.threads, measurement.isa)

@@ -132,13 +132,16 @@ def test_results_are_kept_and_gone_on_from(case: Case, tmp_path: Path, capsys: p
     assert capsys.readouterr().err == ""
 
     document = json.loads(file.read_text())
-    assert set(document) == {"format", "version", "machine", "results"}
+    assert set(document) == {"format", "version", "machine", "table", "results"}
     assert (document["format"], document["version"]) == ("jointsparse.benchmarks", 1)
     assert [(entry["engine"], entry["sparsity"]) for entry in document["results"]] == [
         ("onnxruntime", 0.0),
         ("winograd", 0.8),
     ]
     assert all(entry["left_out"] is None and entry["error"] < 1e-4 for entry in document["results"])
+    (line,) = document["table"]
+    assert (line["fastest_build"], line["fastest_peer"]) == ("winograd", "onnxruntime")
+    assert line["speed_up"] == pytest.approx(document["results"][0]["min_ms"] / document["results"][1]["min_ms"])
     kernels = [layer["kernel"] for layer in document["results"][1]["plan"]]
     assert kernels == ["winograd_f4", "winograd_f4", "direct"]
     assert {one["layer"] for one in document["results"][1]["operators"]} >= {"0", "2", "4"}
