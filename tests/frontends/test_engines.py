@@ -296,6 +296,16 @@ def test_pinning() -> None:
         worker.pin(10**6)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system does not tell")
+def test_memory_is_the_own_not_the_parents() -> None:
+    ballast = np.ones(2**25)
+    code = "from jointsparse.frontends.engines.worker import memory; print(memory('VmRSS'), memory('VmHWM'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    now, most = map(int, done.stdout.split())
+    assert 0 < now <= most < ballast.nbytes
+    assert worker.memory("VmHWM") > ballast.nbytes  # type: ignore[operator]
+
+
 def test_digest_of_the_sources() -> None:
     assert len(sources.digest()) == 8
     assert sources.digest() == sources.digest()
