@@ -28,18 +28,16 @@ def show(results: Results, cases: Sequence[Case], engines: Sequence[Engine], set
         console.print(f"{name.replace('_', ' ')}: {value}")
     rows = Rows(results, cases, engines)
     for line in rows.versions(settings):
-        console.print(line)
-    for setting in settings:
-        console.print(rows.times(setting))
-    for setting in settings:
-        if setting.threads == 2 and (table := rows.threads(setting)):
-            console.print(table)
-    console.print(rows.packages(settings[0]))
+        console.print(line, markup=False)
+    tables = [rows.times(setting) for setting in settings]
+    tables += [table for setting in settings if setting.threads == 2 and (table := rows.threads(setting))]
+    tables.append(rows.packages(settings[0]))
     if any(setting.layers for setting in settings):
-        for table in rows.operators(settings):
-            console.print(table)
+        tables += rows.operators(settings)
+    for table in tables:
+        _print(console, table)
     for line in rows.left_out(settings):
-        console.print(line)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 class Rows:
@@ -133,7 +131,14 @@ class Rows:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="")
+    return Table(title=title, box=None, pad_edge=False, header_style="")
+
+
+def _print(console: Console, table: Table) -> None:
+    """The table below its title, which rich would break at the width of the table."""
+    console.print(f"\n[bold]{table.title}[/]", soft_wrap=True)
+    table.title = None
+    console.print(table)
 
 
 def _head(case: Case) -> tuple[str, str]:

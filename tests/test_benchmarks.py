@@ -19,7 +19,7 @@ from benchmarks.results import Results
 from benchmarks.rows import CASES, Case
 from jointsparse.frontends import onnx_graph, winograd_spec
 from jointsparse.frontends.engines import ENGINES, ISAS
-from jointsparse.frontends.engines.measuring import Setting
+from jointsparse.frontends.engines.measuring import Measurement, Setting
 from jointsparse.frontends.errors import InputError
 
 BRIEF = Setting(seconds=0.01, layers=True)
@@ -156,6 +156,17 @@ def test_results_are_kept_and_gone_on_from(case: Case, tmp_path: Path, capsys: p
     file.write_text(json.dumps(document))
     run(case, ["onnxruntime", "winograd"], file)
     assert "onnxruntime" in capsys.readouterr().err
+
+
+def test_two_threads_over_one_and_packages(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    one = Measurement("spatial", 1, "native", "1", min_ms=9.0, median_ms=9.5, build_seconds=2.0, build_bytes=3_000_000)
+    results = Results(None, {"cpu": "some"})
+    results.add("tiny", 0.8, replace(one, peak_bytes=7_000_000))
+    results.add("tiny", 0.8, replace(one, threads=2, min_ms=4.5))
+    report.show(results, [case], [ENGINES["spatial"]], [replace(BRIEF, threads=n) for n in (1, 2)])
+    shown = capsys.readouterr().out
+    for text in ("two threads over one", "2.00x", "2 / 3.0 / 7"):
+        assert text in shown
 
 
 def test_an_engine_left_out_is_shown(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
