@@ -8,7 +8,8 @@ Every engine runs in a process of its own, pinned to as many cores as it has thr
 with a reference in double precision before it is timed; one that is wrong, or cannot take part, is listed with the
 reason.
 Results are kept in FILE as they come: the same command again goes on where it stopped, and measures again only what is
-missing, was left out, or is of another version (for the sparse builds, of other sources).
+missing, was left out, was measured for a shorter time, or is of another version (for the sparse builds, of other
+sources).
 """
 
 from __future__ import annotations

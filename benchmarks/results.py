@@ -62,9 +62,10 @@ class Results:
         return results
 
     def has(self, network: str, sparsity: float, engine: str, setting: Setting, version: str | None) -> bool:
-        """Whether this need not be measured (again): it has times, of this version, and operators if asked for."""
+        """Whether this need not be measured (again): it has times, of this version and of no shorter measurement, and
+        operators if asked for."""
         found = self.get(network, sparsity, engine, setting)
-        if found is None or found.min_ms is None or found.version != version:
+        if found is None or found.min_ms is None or found.version != version or found.seconds < setting.seconds:
             return False
         return not setting.layers or found.plan is None or found.operators is not None
 

@@ -151,6 +151,11 @@ def test_results_are_kept_and_gone_on_from(case: Case, tmp_path: Path, capsys: p
     for text in ("Tiny", "80%", "speed-up", "1.50x", "3.00x", "G/s", "ONNX Runtime: "):
         assert text in shown
 
+    # A longer measurement is another one.
+    longer = replace(BRIEF, seconds=0.02)
+    assert results.has("tiny", 0.0, "onnxruntime", BRIEF, document["results"][0]["version"])
+    assert not results.has("tiny", 0.0, "onnxruntime", longer, document["results"][0]["version"])
+
     # Results of another version do not count.
     document["results"][0]["version"] = "0.0"
     file.write_text(json.dumps(document))
@@ -159,7 +164,9 @@ def test_results_are_kept_and_gone_on_from(case: Case, tmp_path: Path, capsys: p
 
 
 def test_two_threads_over_one_and_packages(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-    one = Measurement("spatial", 1, "native", "1", min_ms=9.0, median_ms=9.5, build_seconds=2.0, build_bytes=3_000_000)
+    one = Measurement(
+        "spatial", 1, "native", 1.0, "1", min_ms=9.0, median_ms=9.5, build_seconds=2.0, build_bytes=3_000_000
+    )
     results = Results(None, {"cpu": "some"})
     results.add("tiny", 0.8, replace(one, peak_bytes=7_000_000))
     results.add("tiny", 0.8, replace(one, threads=2, min_ms=4.5))

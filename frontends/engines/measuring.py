@@ -41,7 +41,7 @@ class Measurement:
     """What one engine did with one model; None where it does not apply.
 
     Attributes:
-        engine, threads, isa: what was measured. version: of the engine.
+        engine, threads, isa: what was measured. seconds: for how long. version: of the engine.
         left_out: why there are no times; None if there are.
         error: relative RMS error against the reference. min_ms, median_ms: of ``runs`` runs.
         peak_bytes: most memory held to load and run the model once, the engine's own libraries not counted.
@@ -54,6 +54,7 @@ class Measurement:
     engine: str
     threads: int
     isa: str
+    seconds: float
     version: str | None = None
     left_out: str | None = None
     error: float | None = None
@@ -87,7 +88,12 @@ class Workbench:
 
     def measure(self, engine: Engine, setting: Setting) -> Measurement:
         """Build, compare with the reference and time; what cannot be is in ``left_out``."""
-        known: dict[str, Any] = {"engine": engine.name, "threads": setting.threads, "isa": setting.isa}
+        known: dict[str, Any] = {
+            "engine": engine.name,
+            "threads": setting.threads,
+            "isa": setting.isa,
+            "seconds": setting.seconds,
+        }
         try:
             known["version"] = engine.version()
             if reason := engine.why_not(setting.isa):
