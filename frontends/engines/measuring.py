@@ -43,7 +43,7 @@ class Measurement:
     Attributes:
         engine, threads, isa: what was measured. seconds: for how long. version: of the engine.
         left_out: why there are no times; None if there are.
-        error: relative RMS error against the reference. min_ms, median_ms: of ``runs`` runs.
+        error: relative RMS error against the reference; None if infinite, too. min_ms, median_ms: of ``runs`` runs.
         peak_bytes: most memory held to load and run the model once, the engine's own libraries not counted.
         build_seconds, build_bytes: of the package.
         plan: the package's convolutions, as in ``Plan.to_json``.

@@ -7,6 +7,7 @@ object with ``kind`` and what the function of that name takes; the result is wha
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -48,11 +49,13 @@ def time(
     # Now, as the reference below is no part of the engine.
     peak = memory("VmHWM")
     error = None if reference is None else relative_rms(prepared.outputs(), list(np.load(reference).values()))
+    # JSON has no infinity.
+    finite = error if error is not None and math.isfinite(error) else None
     if error is not None and tolerance is not None and not error <= tolerance:
-        return {"left_out": f"wrong: relative RMS error {error:.2g}, {tolerance:g} allowed", "error": error}
+        return {"left_out": f"wrong: relative RMS error {error:.2g}, {tolerance:g} allowed", "error": finite}
     times = measure(prepared, seconds)
     return {
-        "error": error,
+        "error": finite,
         "min_ms": 1e3 * min(times),
         "median_ms": 1e3 * statistics.median(times),
         "runs": len(times),

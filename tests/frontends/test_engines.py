@@ -147,19 +147,29 @@ def test_a_wrong_engine_is_not_timed(workbench: Workbench, monkeypatch: pytest.M
     assert measured.min_ms is None
 
 
+def test_outputs_of_another_shape_are_wrong(workbench: Workbench, tmp_path: Path) -> None:
+    np.savez(tmp_path / "other.npz", np.zeros((1, 6)))
+    result = worker_time(workbench, reference=str(tmp_path / "other.npz"))
+    assert result == {"left_out": "wrong: relative RMS error inf, 0.0001 allowed", "error": None}
+
+
+def worker_time(workbench: Workbench, **options: object) -> dict[str, object]:
+    """The job ``time`` of ONNX Runtime, in a process of its own."""
+    defaults: dict[str, object] = {
+        "path": str(workbench.model),
+        "reference": None,
+        "tolerance": 1e-4,
+        "inputs": str(workbench.inputs),
+        "engine": "onnxruntime",
+        "threads": 1,
+        "seconds": 0.01,
+    }
+    return run_job("time", {}, ("error",), **defaults | options)
+
+
 def test_a_process_that_dies_says_what_it_said_last(workbench: Workbench, tmp_path: Path) -> None:
     with pytest.raises(LeftOut, match=r"failed \(time, exit code 1\): .*missing.onnx"):
-        run_job(
-            "time",
-            {},
-            engine="onnxruntime",
-            path=str(tmp_path / "missing.onnx"),
-            inputs=str(workbench.inputs),
-            reference=None,
-            tolerance=None,
-            threads=1,
-            seconds=0.01,
-        )
+        worker_time(workbench, path=str(tmp_path / "missing.onnx"))
 
 
 def test_registry() -> None:
