@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import tvm
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import nn
@@ -41,6 +43,7 @@ from jointsparse.frontends.engines.inputs import random_inputs
 from jointsparse.frontends.engines.measuring import Setting, Workbench, environment, run_job
 from jointsparse.frontends.engines.onnx_module import OnnxModule
 from jointsparse.frontends.engines.onnx_runtime import OnnxRuntime, open_session
+from jointsparse.frontends.engines.tvm_build import open_package
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.winograd_inference import winograd_pruned
 from jointsparse.schedules.winograd_pruning import WinogradPruning, dump
@@ -267,13 +270,38 @@ def test_relative_rms() -> None:
 @pytest.mark.parametrize("domain", ["dense", "spatial"])
 def test_operators_of_a_package(domain: str, workbench: Workbench, tmp_path: Path) -> None:
     plan = compile_model(workbench.model, "llvm", tmp_path / "m.tar", domain=domain)
-    layers = [{"name": layer.name, "multiplications": layer.multiplications} for layer in plan]
+    layers = json.loads(plan.to_json())["layers"]
     timed = operators.measure(tmp_path / "m.tar", random_inputs(workbench.model), layers, 0.01)
     work = {one.layer: one.multiply_adds for one in timed if one.layer}
     assert work == {"stem": 8 * 3 * 9 * 16 * 16, "left": 8 * 8 * 9 * 8 * 8}
     assert [one.multiply_adds for one in timed if "dense" in one.name] == [16 * 5]
     assert all(0 < one.ms < float("inf") for one in timed)
-    assert operators._layers({"nodes": [{"name": "conv", "op": "tvm_op"}]}, [0], layers) == {}
+    # Nothing is said of a package with other convolutions than the plan's.
+    assert not any(one.layer for one in operators.measure(tmp_path / "m.tar", random_inputs(workbench.model), [], 0.01))
+
+
+def test_operators_of_branches(tmp_path: Path) -> None:
+    """TVM may run the branches of a residual block in another order than the plan's: sizes tell them apart."""
+    torch.manual_seed(0)
+    path = written(randomised(Residual()), (1, 3, 16, 16), tmp_path / "m.onnx")
+    sizes = {"stem": 8 * 3 * 9, "conv1": 8 * 8 * 9, "conv2": 16 * 8 * 9, "project": 16 * 8}
+    orders = []
+    for domain in ("dense", "spatial", "winograd"):
+        plan = compile_model(path, "llvm", tmp_path / "m.tar", domain=domain)
+        layers = json.loads(plan.to_json())["layers"]
+        text, _, parameters = open_package(tmp_path / "m.tar")
+        graph = operators._Graph(json.loads(text), frozenset(tvm.runtime.load_param_dict(parameters)))
+        for shuffled in (layers, layers[::-1]):
+            timed = operators.measure(tmp_path / "m.tar", random_inputs(path), shuffled, 0.01)
+            found = {one.layer: node for one, node in zip(timed, graph.operators, strict=True) if one.layer}
+            assert set(found) == set(sizes)
+            if domain == "dense":
+                weights = {name: max(operators._seen(graph, node)[2:]) for name, node in found.items()}
+                biases = {"stem": 8, "conv1": 8, "conv2": 16, "project": 16}
+                assert weights == {name: size + biases[name] for name, size in sizes.items()}
+            orders.append(sorted(found, key=found.__getitem__))
+    # Sparse kernels run where the dense ones did.
+    assert all(order == orders[0] for order in orders)
 
 
 @pytest.mark.parametrize("isa", [NATIVE, pytest.param(AVX2, marks=x86)])
@@ -283,8 +311,6 @@ def test_peak(isa: str) -> None:
 
 
 def test_peak_loop_computes_what_it_says() -> None:
-    import tvm
-
     schedule, arguments = peak._chains(4, 8)
     loop = tvm.build(schedule, arguments, "llvm")
     a, y = tvm.nd.array(np.full(8, 0.5, np.float32)), tvm.nd.array(np.zeros(8, np.float32))
