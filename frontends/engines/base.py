@@ -94,7 +94,10 @@ class Engine(ABC):
         return None
 
     def environment(self, isa: str) -> dict[str, str]:
-        """Environment variables that hold the engine to an instruction set; libraries read them when loaded."""
+        """Environment variables that hold the engine to an instruction set, and its threads to cores.
+
+        Libraries read them when they are loaded.
+        """
         return {}
 
     def build(self, model: Path, folder: Path, isa: str) -> Build:

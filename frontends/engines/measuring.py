@@ -173,8 +173,6 @@ def environment(engine: Engine, setting: Setting) -> dict[str, str]:
         "MKL_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,
         "TVM_NUM_THREADS": count,
-        # TVM would move its threads off the cores that the process is pinned to.
-        "TVM_BIND_THREADS": "0",
         **engine.environment(setting.isa),
     }
 

@@ -24,9 +24,11 @@ class TorchScript(Engine):
     modules: ClassVar[tuple[str, ...]] = ("torch",)
 
     def environment(self, isa: str) -> dict[str, str]:
+        # Each thread to a core of its own among those that the process is pinned to.
+        bound = {"OMP_PROC_BIND": "true"}
         if isa != AVX2:
-            return {}
-        return {**ONEDNN_AVX2, "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+            return bound
+        return {**bound, **ONEDNN_AVX2, "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
     def prepare(self, path: Path, inputs: Inputs, threads: int) -> Prepared:
         import onnx

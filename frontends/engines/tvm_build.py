@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,9 @@ from ..compiling import compile_model
 from ..target_strings import host_target
 from .base import AVX2, Build, Engine, Inputs, LeftOut, Prepared
 from .sources import digest
+
+# TVM's ThreadGroup::kSpecifyOneCorePerThread.
+_ONE_CORE_PER_THREAD = -2
 
 AVX2_TARGET = "llvm -mcpu=haswell"
 """The first CPU with AVX2 and FMA."""
@@ -59,6 +63,7 @@ class TvmBuild(Engine):
         import tvm
         from tvm.contrib import graph_executor
 
+        bind_threads(threads)
         graph, library, parameters = open_package(path)
         executor = graph_executor.create(graph, library, tvm.cpu())
         executor.load_params(parameters)
@@ -69,6 +74,18 @@ class TvmBuild(Engine):
             return [executor.get_output(i).numpy() for i in range(executor.get_num_outputs())]
 
         return Prepared(executor.module["run"], outputs)
+
+
+def bind_threads(threads: int) -> None:
+    """Give each of TVM's threads a core of its own among those that this process may use.
+
+    By itself TVM takes the first cores of the machine, whatever the process is pinned to.
+    """
+    import tvm
+
+    if hasattr(os, "sched_getaffinity"):
+        cores = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))][:threads]
+        tvm.get_global_func("runtime.config_threadpool")(_ONE_CORE_PER_THREAD, threads, cores)
 
 
 def open_package(path: Path) -> tuple[str, Any, bytes]:

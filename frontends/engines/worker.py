@@ -68,8 +68,10 @@ def layers(
 ) -> dict[str, Any]:
     """Time, multiply-adds and rate of every fused operator, and the peak rate of the cores used."""
     from . import operators, peak
+    from .tvm_build import bind_threads
 
     pin(threads)
+    bind_threads(threads)
     timed = operators.measure(Path(path), dict(np.load(inputs)), plan, seconds)
     return {"operators": [asdict(one) for one in timed], "peak_gmacs": threads * peak.multiply_adds(isa) / 1e9}
 

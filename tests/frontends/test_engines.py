@@ -332,6 +332,28 @@ def test_pinning() -> None:
         worker.pin(10**6)
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores to pin to"
+)
+def test_tvm_threads_have_a_core_each() -> None:
+    code = """
+import os
+from jointsparse.frontends.engines.tvm_build import bind_threads
+bind_threads(2)
+masks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+print(sorted(os.sched_getaffinity(0))[1], *(next(iter(mask)) for mask in masks if len(mask) == 1))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TVM_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    second, *bound = done.stdout.split()
+    assert bound == [second]
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system does not tell")
 def test_memory_is_the_own_not_the_parents() -> None:
     ballast = np.ones(2**25)
