@@ -15,6 +15,7 @@ sources).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ from jointsparse.frontends.errors import InputError
 
 DOMAINS = {"spatial": networks.SPATIAL, "winograd": networks.WINOGRAD, "auto": networks.JOINT}
 """What each sparse build gets; everything else gets the dense model."""
+
+BUSY = 0.5
+"""Load average at the start from which times are not to be trusted."""
 
 
 @dataclass
@@ -79,6 +83,12 @@ def run(cases: list[Case], engines: list[Engine], settings: list[Setting], resul
                     )
 
 
+def _warn_if_busy() -> None:
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        print(f"other programs are running (load {load:.1f}): times will be too long", file=sys.stderr)
+
+
 def _version(engine: Engine) -> str | None:
     try:
         return engine.version()
@@ -117,6 +127,7 @@ def main() -> None:
         for setting in settings:
             check_setting(setting)
         results = Results.open(arguments.json)
+        _warn_if_busy()
         run(chosen, engines, settings, results)
     except InputError as error:
         sys.exit(f"against_peers: {error}")
