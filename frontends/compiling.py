@@ -14,6 +14,8 @@ from .ranges import check_sparsity
 from .target_strings import find_compiler, parse_target
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from ..passes.plan import Plan
 
 Shapes = tuple[int, ...] | Mapping[str, tuple[int, ...]]
@@ -103,19 +105,29 @@ def read_model(path: Path, input_shapes: Shapes | None = None) -> tuple[Any, dic
     Raises:
         InputError: if it is neither, or is broken, or the shapes do not suit it.
     """
-    from . import from_onnx, load, onnx_graph
-    from .model_file import input_shapes as by_name
+    from .onnx_import import to_relay
+
+    return to_relay(read_onnx(path, input_shapes), str(path))
+
+
+def read_onnx(path: Path, input_shapes: Shapes | None = None) -> ModelProto:
+    """The same file as an ONNX model of fixed shapes, thresholds in its metadata.
+
+    Raises:
+        InputError: as ``read_model``, but for what TVM cannot import.
+    """
+    from . import model_file, onnx_graph
 
     _check_model(path)
-    coded = path.suffix.lower() == ".jsm"
-    if input_shapes is None:
-        return load(path) if coded else from_onnx(path)
-    if coded:
+    if path.suffix.lower() != ".jsm":
+        model, name = onnx_graph.read(path)
+        onnx_graph.fix_input_shapes(model, model_file.input_shapes(model, input_shapes, name), name)
+        return model
+    if input_shapes is not None:
         raise InputError(
             f"{path}: its shapes were fixed when it was saved; give shapes to jointsparse compress instead"
         )
-    proto, name = onnx_graph.read(path)
-    return from_onnx(path, by_name(proto, input_shapes, name))
+    return model_file.read_model(path)
 
 
 def _check_model(path: Path) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from . import data, shipped
 from .compiling import compile_model
+from .engines.onnx_runtime import open_session
 from .errors import InputError
 from .outputs import replacing
 from .pictures import in_colour, side_by_side, to_pillow
@@ -316,11 +317,7 @@ def _package(path: Path) -> Callable[[Any, int], tuple[Image, float]]:
 
 
 def _onnxruntime(path: Path, threads: int) -> Callable[[Any, int], tuple[Image, float]]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path, threads)
     name = session.get_inputs()[0].name
 
     def run(x: NDArray[np.float32], repeat: int) -> tuple[Image, float]:

@@ -6,7 +6,7 @@ What it cannot do is win the accuracy back: for high sparsity in both domains tr
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,11 @@ def _winograd(
 ) -> winograd_spec.Spec:
     """One threshold over all layers that a Winograd kernel can run."""
     uses = onnx_graph.weight_uses(model)
-    layers = [key for key in weights if key in uses and all(_has_winograd(node, weights[key]) for node in uses[key])]
+    layers = [
+        key
+        for key, value in weights.items()
+        if key in uses and all(has_winograd(node, value.shape) for node in uses[key])
+    ]
     if not layers:
         raise InputError(
             f"{name}: no 3x3 or 5x5 convolution of stride 1 and dilation 1 to prune in the Winograd domain; "
@@ -199,11 +203,12 @@ def _winograd(
     return {key: winograd_pruning.WinogradPruning(tile, threshold, weighted) for key in layers}
 
 
-def _has_winograd(node: NodeProto, weight: NDArray[np.float32]) -> bool:
+def has_winograd(node: NodeProto, shape: Sequence[int]) -> bool:
+    """Whether a node with a weight of this shape is a convolution within Winograd's reach."""
     ones = [1, 1]
     return (
         node.op_type == "Conv"
-        and winograd_pruning.is_winograd_shape(weight.shape)
+        and winograd_pruning.is_winograd_shape(shape)
         and list(onnx_graph.attribute(node, "strides", ones)) == ones
         and list(onnx_graph.attribute(node, "dilations", ones)) == ones
     )

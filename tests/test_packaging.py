@@ -67,10 +67,10 @@ def _python(code: str, blocked: tuple[str, ...], folder: Path) -> str:
 def test_light_imports(tmp_path: Path) -> None:
     code = """
 import jointsparse.frontends, jointsparse.passes, jointsparse.schedules
-import jointsparse.frontends.cli
+import jointsparse.frontends.cli, jointsparse.frontends.engines.measuring
 from jointsparse.schedules import formats, geometry, winograd
 """
-    _python(code, ("torch", "tvm", "lightning", "onnxruntime", "skimage"), tmp_path)
+    _python(code, ("torch", "tvm", "lightning", "onnxruntime", "openvino", "skimage"), tmp_path)
 
 
 def test_training_works_without_tvm(tmp_path: Path) -> None:
@@ -115,6 +115,7 @@ def test_compiling_and_running_work_without_torch(tmp_path: Path) -> None:
     [
         (["compile", "m.onnx", "--target", "llvm", "-o", "m.tar"], "tvm", "needs Apache TVM 0.19"),
         (["run", "m.tar"], "tvm", "needs Apache TVM 0.19"),
+        (["bench", "m.onnx"], "tvm", "needs Apache TVM 0.19"),
         (["train", "ct_srcnn_x3"], "lightning", "jointsparse[train]"),
         (["demo"], "torch", "jointsparse[train]"),
     ],

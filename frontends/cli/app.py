@@ -35,6 +35,13 @@ class Domain(str, Enum):
     dense = "dense"
 
 
+class Isa(str, Enum):
+    """Choices of --isa."""
+
+    native = "native"
+    avx2 = "avx2"
+
+
 class FillMode(str, Enum):
     """Choices of --fill-mode."""
 
@@ -253,3 +260,33 @@ def run(
     if outputs:
         write_outputs(result.outputs, outputs)
     views.show_run(result, threads(), outputs, json)
+
+
+@app.command(help=texts.BENCH)
+def bench(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help=texts.MODEL_TO_BENCH)],
+    against: Annotated[str, typer.Option("--against", metavar="NAME,...", help=texts.AGAINST)] = (
+        "onnxruntime,openvino,torch"
+    ),
+    threads: Annotated[int, typer.Option("--threads", min=1, metavar="N", help=texts.THREADS)] = 1,
+    isa: Annotated[Isa, typer.Option("--isa", help=texts.ISA)] = Isa.native,
+    seconds: Annotated[float, typer.Option("--seconds", metavar="S", help=texts.SECONDS)] = 5.0,
+    input_shapes: Annotated[str | None, typer.Option("--input-shapes", help=texts.INPUT_SHAPES)] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    from ..benchmark import bench
+    from ..engines import find_engine
+    from ..engines.measuring import Setting
+
+    with values.usage(context):
+        if not seconds > 0:
+            raise InputError(f"--seconds {seconds:g}: give more than 0")
+        names = [name.strip() for name in against.split(",") if name.strip()]
+        for name in names:
+            find_engine(name)
+        shapes = values.shapes(input_shapes)
+    with console.stages() as progress:
+        result = bench(model, names, Setting(threads, isa.value, seconds), input_shapes=shapes, progress=progress)
+    views.show_bench(result, json)

@@ -33,6 +33,7 @@ _EXTRAS = {
     "PIL": "train",
     "skimage": "demo",
     "onnxruntime": "demo",
+    "openvino": "bench",
 }
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tvm.driver.tvmc.model import TVMCResult
 
     from ...passes.plan import Plan
+    from ..benchmark import BenchResult
     from ..demo import DemoResult
     from ..inspection import ModelInfo
 
@@ -87,6 +88,34 @@ def show_run(result: TVMCResult, threads: int, written: Path | None, json: bool)
         print(f"{result.format_times().rstrip()}\non {threads} thread{plural}; TVM_NUM_THREADS sets another number")
     for name, output in outputs.items():
         print(f"{name}: {output['dtype']} {output['shape']}" + (f", in {written}" if written else ""))
+
+
+def show_bench(result: BenchResult, json: bool) -> None:
+    """A line an engine, fastest build against fastest dense engine, and what was left out and why."""
+    if json:
+        print(result.to_json())
+        return
+    from ..engines import ENGINES
+
+    setting = result.setting
+    threads = f"{setting.threads} thread" + ("" if setting.threads == 1 else "s")
+    print(f"{result.model}, {threads}, {result.machine['cpu']} ({result.machine['llvm_cpu']}), {setting.isa}")
+    table = Table(box=None, pad_edge=False, header_style="")
+    for title in ("", "least", "median", "runs", "error", "version"):
+        table.add_column(title, justify="left" if title in ("", "version") else "right")
+    for one in result.measurements:
+        if one.min_ms is not None:
+            times = (f"{value:#.3g} ms" for value in (one.min_ms, one.median_ms))
+            error = "" if one.error is None else f"{one.error:.1e}"
+            table.add_row(ENGINES[one.engine].title, *times, f"{one.runs:,}", error, one.version)
+    console = Console(highlight=False)
+    console.print(table)
+    for one in result.measurements:
+        if one.left_out is not None:
+            console.print(f"{ENGINES[one.engine].title} left out: {one.left_out}", markup=False, soft_wrap=True)
+    if result.fastest_build and result.fastest_peer:
+        build, peer = (ENGINES[one.engine].title for one in (result.fastest_build, result.fastest_peer))
+        print(f"{build} is {result.speed_up:.2f} times as fast as {peer}, the fastest dense fp32 engine here")
 
 
 def show_demo(result: DemoResult) -> None:

@@ -276,3 +276,35 @@ def test_installed_script_and_quiet_streams(tmp_path: Path, model: Path) -> None
     done = subprocess.run([script, "run", tmp_path / "m.tar"], capture_output=True, text=True, check=True)
     assert done.stdout == "output_0: float32 [1, 4, 6, 6]\n"
     assert done.stderr == ""
+
+
+def test_bench(command: Command, model: Path) -> None:
+    done = command("bench", model, "--against", "onnxruntime", "--seconds", 0.01, "--json")
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert (document["format"], document["version"]) == ("jointsparse.bench", 1)
+    assert (document["threads"], document["isa"], document["seconds"]) == (1, "native", 0.01)
+    assert set(document["machine"]) == {"cpu", "llvm_cpu", "cores", "system", "python"}
+    engines = {entry["engine"]: entry for entry in document["engines"]}
+    assert list(engines) == ["spatial", "winograd", "auto", "tvm", "onnxruntime"]
+    for entry in engines.values():
+        assert entry["left_out"] is None
+        assert entry["error"] < 1e-5
+        assert 0 < entry["min_ms"] <= entry["median_ms"]
+    peer, build = (engines[document[key]] for key in ("fastest_peer", "fastest_build"))
+    assert document["speed_up"] == pytest.approx(peer["min_ms"] / build["min_ms"])
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--against", "tensorrt"], 2, "unknown engine"),
+        (["--seconds", 0], 2, "--seconds"),
+        (["--threads", 10**6], 1, "threads asked for"),
+        (["--input-shapes", "[1,3,12,12]"], 1, "model.onnx"),
+    ],
+)
+def test_bench_refuses(command: Command, model: Path, options: list[object], code: int, said: str) -> None:
+    done = command("bench", model, *options)
+    assert done.code == code
+    assert said in done.err

@@ -1,0 +1,202 @@
+"""The benchmarks of whole networks: what is pruned, and that results are kept, shown and gone on from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import ModelProto
+from torch import nn
+
+from benchmarks import against_peers, networks, report
+from benchmarks.networks import DENSE, JOINT, NETWORKS, SPATIAL, WINOGRAD, Network
+from benchmarks.results import Results
+from benchmarks.rows import CASES, Case
+from jointsparse.frontends import onnx_graph, winograd_spec
+from jointsparse.frontends.engines import ENGINES, ISAS
+from jointsparse.frontends.engines.measuring import Measurement, Setting
+from jointsparse.frontends.errors import InputError
+
+BRIEF = Setting(seconds=0.01, layers=True)
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 5, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3, 2, 1),
+        nn.Flatten(),
+        nn.Linear(8 * 64, 4),
+    )
+
+
+TINY = Network("Tiny", tiny, (1, 3, 16, 16))
+
+
+def weights(model: ModelProto) -> dict[str, np.ndarray]:
+    return {t.name: onnx_graph.array(t) for t in model.graph.initializer if t.name in onnx_graph.layers(model)}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("resnet18", 11_689_512),
+        ("vgg16", 138_357_544),
+        ("alexnet", 61_100_840),
+        # With biases 6,998,552; BatchNorm has one parameter more for each of 7,280 channels.
+        ("googlenet", 6_998_552 + 7_280),
+    ],
+)
+def test_networks_have_the_size_of_their_originals(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        module = NETWORKS[name].make()
+        output = module.eval()(torch.zeros(NETWORKS[name].shape))
+    assert sum(parameter.numel() for parameter in module.parameters()) == parameters
+    assert output.shape == (1, 1000)
+
+
+def test_the_table_names_networks_that_there_are() -> None:
+    assert {case.network for case in CASES} == set(NETWORKS)
+    assert all(case.at_least is None or case.at_least < (case.aim or 0) for case in CASES)
+
+
+def test_weights_are_the_same_every_time() -> None:
+    first, second = (networks.dense_model(TINY).SerializeToString(deterministic=True) for _ in range(2))
+    assert first == second
+
+
+def test_what_is_pruned() -> None:
+    dense = networks.dense_model(TINY)
+    reach = {"0.weight": 4, "2.weight": 4}
+    assert networks.winograd_tiles(dense) == reach
+    for domain in (SPATIAL, WINOGRAD, JOINT):
+        model = networks.sparse_model(dense, 0.8, domain)
+        onnx.checker.check_model(model)
+        text = onnx_graph.metadata(model, winograd_spec.KEY)
+        found = weights(model)
+        spec = winograd_spec.parse(text, {k: v.shape for k, v in found.items()}, "m") if text else {}
+        assert set(spec) == (set() if domain == SPATIAL else set(reach))
+        for name, weight in found.items():
+            pruned = domain != WINOGRAD or name not in reach
+            assert np.mean(weight == 0) == (pytest.approx(0.8, abs=0.01) if pruned else 0)
+            if name in spec:
+                assert spec[name].sparsity(weight) == pytest.approx(0.8, abs=0.01)
+    assert networks.sparse_model(dense, 0.8, DENSE) == dense
+
+
+def test_pruning_keeps_the_energy() -> None:
+    weight = np.random.default_rng(0).normal(size=(16, 8, 3, 3)).astype(np.float32)
+    pruned = networks.prune(weight, 0.9)
+    assert np.linalg.norm(pruned) == pytest.approx(np.linalg.norm(weight), rel=1e-5)
+    scaled, pruning = networks.prune_winograd(weight, 0.9, 4)
+    before = replace(pruning, threshold=0.0).magnitudes(weight)
+    after = pruning.magnitudes(scaled)
+    kept = after[after > pruning.threshold]
+    assert np.linalg.norm(kept) == pytest.approx(np.linalg.norm(before), rel=1e-5)
+
+
+def test_small_images_get_small_tiles() -> None:
+    small = Network("small", lambda: nn.Conv2d(4, 4, 3, padding=1), (1, 4, 7, 7))
+    assert networks.winograd_tiles(networks.dense_model(small)) == {"weight": 2}
+
+
+@pytest.fixture
+def case(monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setitem(NETWORKS, "tiny", TINY)
+    return Case("tiny", 0.8, 1.5, 3.0)
+
+
+def run(case: Case, engines: list[str], file: Path) -> Results:
+    results = Results.open(file)
+    against_peers.run([case], [ENGINES[name] for name in engines], [BRIEF], results)
+    return results
+
+
+def test_results_are_kept_and_gone_on_from(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.json"
+    run(case, ["onnxruntime"], file)
+    assert capsys.readouterr().err.count("\n") == 1
+    # The second run measures what the first has not, and the third nothing.
+    results = run(case, ["onnxruntime", "winograd"], file)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "winograd" in said
+    run(case, ["onnxruntime", "winograd"], file)
+    assert capsys.readouterr().err == ""
+
+    document = json.loads(file.read_text())
+    assert set(document) == {"format", "version", "machine", "table", "results"}
+    assert (document["format"], document["version"]) == ("jointsparse.benchmarks", 1)
+    assert [(entry["engine"], entry["sparsity"]) for entry in document["results"]] == [
+        ("onnxruntime", 0.0),
+        ("winograd", 0.8),
+    ]
+    assert all(entry["left_out"] is None and entry["error"] < 1e-4 for entry in document["results"])
+    (line,) = document["table"]
+    assert (line["fastest_build"], line["fastest_peer"]) == ("winograd", "onnxruntime")
+    assert line["speed_up"] == pytest.approx(document["results"][0]["min_ms"] / document["results"][1]["min_ms"])
+    kernels = [layer["kernel"] for layer in document["results"][1]["plan"]]
+    assert kernels == ["winograd_f4", "winograd_f4", "direct"]
+    assert {one["layer"] for one in document["results"][1]["operators"]} >= {"0", "2", "4"}
+
+    report.show(results, [case], [ENGINES["onnxruntime"], ENGINES["winograd"]], [BRIEF])
+    shown = capsys.readouterr().out
+    for text in ("Tiny", "80%", "speed-up", "1.50x", "3.00x", "G/s", "ONNX Runtime: "):
+        assert text in shown
+
+    # A longer measurement is another one.
+    longer = replace(BRIEF, seconds=0.02)
+    assert results.has("tiny", 0.0, "onnxruntime", BRIEF, document["results"][0]["version"])
+    assert not results.has("tiny", 0.0, "onnxruntime", longer, document["results"][0]["version"])
+
+    # Results of another version do not count.
+    document["results"][0]["version"] = "0.0"
+    file.write_text(json.dumps(document))
+    run(case, ["onnxruntime", "winograd"], file)
+    assert "onnxruntime" in capsys.readouterr().err
+
+
+def test_two_threads_over_one_and_packages(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    one = Measurement(
+        "spatial", 1, "native", 1.0, "1", min_ms=9.0, median_ms=9.5, build_seconds=2.0, build_bytes=3_000_000
+    )
+    results = Results(None, {"cpu": "some"})
+    results.add("tiny", 0.8, replace(one, peak_bytes=7_000_000))
+    results.add("tiny", 0.8, replace(one, threads=2, min_ms=4.5))
+    report.show(results, [case], [ENGINES["spatial"]], [replace(BRIEF, threads=n) for n in (1, 2)])
+    shown = capsys.readouterr().out
+    for text in ("two threads over one", "2.00x", "2 / 3.0 / 7"):
+        assert text in shown
+
+
+def test_an_engine_left_out_is_shown(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setting = replace(BRIEF, isa="avx2")
+    results = Results.open(None)
+    against_peers.run([case], [ENGINES["onnxruntime"]], [setting], results)
+    report.show(results, [case], [ENGINES["onnxruntime"]], [setting])
+    assert "left out: ONNX Runtime, avx2 (Tiny): ONNX Runtime has no switch" in capsys.readouterr().out
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text("[]")
+    with pytest.raises(InputError, match="not a file of results"):
+        Results.open(file)
+    file.write_text(json.dumps(Results(None, {"cpu": "another"}).document()))
+    with pytest.raises(InputError, match="another machine"):
+        Results.open(file)
+
+
+def test_rows_of_other_sparsities_ask_for_nothing() -> None:
+    assert list(against_peers.cases(["vdsr"], None)) == [Case("vdsr", 0.8, 4.5, 8.0)]
+    assert list(against_peers.cases(["vdsr"], [0.5, 0.8])) == [Case("vdsr", 0.5), Case("vdsr", 0.8, 4.5, 8.0)]
+    with pytest.raises(InputError):
+        Case("vdsr", 1.0).check()
+    assert ISAS == ("native", "avx2")
