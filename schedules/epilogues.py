@@ -29,9 +29,10 @@ class Activation:
 
     def emit(self, code: VectorCode, value: tir.PrimExpr) -> tir.PrimExpr:
         if self.activation == "clip":
-            if self.low > -LARGEST:
-                value = tir.Max(value, code.splat(self.low))
-            return tir.Min(value, code.splat(self.high)) if self.high < LARGEST else value
+            # In the order of Relay's clip, which decides what becomes of NaN.
+            if self.high < LARGEST:
+                value = tir.Min(value, code.splat(self.high))
+            return tir.Max(value, code.splat(self.low)) if self.low > -LARGEST else value
         if self.activation == "leaky_relu":
             return tir.Select(value > code.splat(0.0), value, value * code.splat(self.low))
         return value

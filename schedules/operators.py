@@ -206,27 +206,34 @@ def _as_it_is(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target
     return te.create_schedule([out.op for out in outs])
 
 
-def _direct_shape(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
+def _nchw(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:
     geometry = unpack(ConvGeometry, attrs)
-    _expect(DIRECT, data, (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width))
-    return geometry.out_shape
+    return geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width
 
 
-def _winograd_shape(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
+def _winograd_source(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:
     plan = winograd_plan_of(attrs)
-    _expect(WINOGRAD, data, plan.source.shape(plan.geometry.batch, plan.geometry.in_channels))
+    return plan.source.shape(plan.geometry.batch, plan.geometry.in_channels)
+
+
+def _winograd_result(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
+    plan = winograd_plan_of(attrs)
     return plan.result.shape(plan.geometry.batch, plan.geometry.out_channels)
+
+
+def _images(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:
+    """Of any four sizes."""
+    return [*data, None, None, None, None][:4]
+
+
+def _images_in_tiles(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:
+    layout = unpack(TileLayout, attrs)
+    return [*_images(attrs, data)[:2], layout.planes, layout.size]
 
 
 def _image_shape(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
     layout = unpack(TileLayout, attrs)
-    _expect(FROM_TILES, data, layout.shape(data[0], data[1]))
     return data[0], data[1], layout.height, layout.width
-
-
-def _expect(name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
-    if tuple(shape) != tuple(expected):
-        raise TypeError(f"{name} made for float32 data of shape {tuple(expected)} got {tuple(shape)}")
 
 
 _WEIGHTS = {
@@ -240,7 +247,8 @@ register(
     DIRECT,
     "Sparse direct convolution.",
     {"data": "input, NCHW", **_WEIGHTS},
-    _direct_shape,
+    _nchw,
+    lambda attrs, data: unpack(ConvGeometry, attrs).out_shape,
     _compute_direct,
     _schedule_direct,
     fusable=True,
@@ -249,7 +257,8 @@ register(
     WINOGRAD,
     "Sparse Winograd convolution, bias and activation.",
     _TILED,
-    _winograd_shape,
+    _winograd_source,
+    _winograd_result,
     _compute_winograd,
     _as_it_is,
     fusable=False,
@@ -258,7 +267,8 @@ register(
     WINOGRAD_ADD,
     "Sparse Winograd convolution, bias, residual and activation.",
     {**_TILED, "residual": "of the shape of the result"},
-    _winograd_shape,
+    _winograd_source,
+    _winograd_result,
     _compute_winograd,
     _as_it_is,
     fusable=False,
@@ -267,6 +277,7 @@ register(
     TO_TILES,
     "Images into tile layout.",
     {"data": "images, NCHW"},
+    _images,
     lambda attrs, data: unpack(TileLayout, attrs).shape(data[0], data[1]),
     lambda attrs, inputs, target: to_tiles(inputs[0], unpack(TileLayout, attrs), plain(attrs["offset"])),
     _as_it_is,
@@ -276,6 +287,7 @@ register(
     FROM_TILES,
     "Images out of tile layout.",
     {"data": "images in tile layout"},
+    _images_in_tiles,
     _image_shape,
     lambda attrs, inputs, target: from_tiles(inputs[0], unpack(TileLayout, attrs)),
     _as_it_is,

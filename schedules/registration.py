@@ -22,6 +22,7 @@ _MIXED_PRECISION_NEVER = 2
 
 Compute = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Tensor]
 Schedule = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Schedule]
+DataShape = Callable[[tvm.ir.Attrs, Sequence[int | None]], Sequence[int | None]]
 ResultShape = Callable[[tvm.ir.Attrs, Sequence[int]], Sequence[int]]
 
 
@@ -29,6 +30,7 @@ def register(
     name: str,
     description: str,
     arguments: Mapping[str, str],
+    data_shape: DataShape,
     result_shape: ResultShape,
     compute: Compute,
     schedule: Schedule,
@@ -39,6 +41,8 @@ def register(
 
     Args:
         arguments: meaning by name; the first is the data.
+        data_shape: of the data that a call is made for, from its attributes and the shape that it is given (None for
+            what is not fixed).
         result_shape: from attributes and shape of the data.
         fusable: whether what follows it elementwise becomes part of its schedule.
     """
@@ -48,7 +52,7 @@ def register(
     for argument, meaning in arguments.items():
         operator.add_argument(argument, "Tensor", meaning)
     operator.set_attrs_type_key("DictAttrs")
-    operator.add_type_rel(name, lambda types, attrs: _result_type(name, result_shape, types, attrs))
+    operator.add_type_rel(name, lambda types, attrs: _result_type(name, data_shape, result_shape, types, attrs))
     operator.set_support_level(10)
     pattern = relay_op.OpPattern.OUT_ELEMWISE_FUSABLE if fusable else relay_op.OpPattern.OPAQUE
     relay_op.register_pattern(name, pattern)
@@ -99,11 +103,19 @@ def plain(value: Any) -> Any:
 
 
 def _result_type(
-    name: str, result_shape: ResultShape, types: Sequence[tvm.ir.Type], attrs: tvm.ir.Attrs
+    name: str,
+    data_shape: DataShape,
+    result_shape: ResultShape,
+    types: Sequence[tvm.ir.Type],
+    attrs: tvm.ir.Attrs,
 ) -> tvm.ir.Type | None:
     data = types[0]
     if not isinstance(data, relay.TensorType):
         return None
-    if data.dtype != "float32" or not all(isinstance(size, tvm.tir.IntImm) for size in data.shape):
-        raise TypeError(f"{name} is made for float32 data of fixed shape, got {data}")
-    return relay.TensorType(list(result_shape(attrs, [int(size) for size in data.shape])), "float32")
+    sizes = [int(size) if isinstance(size, tvm.tir.IntImm) else None for size in data.shape]
+    expected = tuple(data_shape(attrs, sizes))
+    if data.dtype != "float32" or tuple(sizes) != expected or None in expected:
+        shape = "fixed shape" if None in expected else f"shape {expected}"
+        raise TypeError(f"{name} is made for float32 data of {shape}, got {data}")
+    fixed = [size for size in expected if size is not None]
+    return relay.TensorType(list(result_shape(attrs, fixed)), "float32")

@@ -9,13 +9,15 @@ import tvm
 from tvm import te
 
 from jointsparse.schedules import cpu
-from jointsparse.schedules.blocking import direct_blocking, direct_panel, winograd_blocking
+from jointsparse.schedules.blocking import direct_blocking, direct_panel
 from jointsparse.schedules.buffers import argument_buffers, direct_buffers, why_too_large, winograd_buffers
+from jointsparse.schedules.epilogues import Activation
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import why_not_direct, why_not_winograd
 from jointsparse.schedules.sparse_direct import sparse_direct
 from jointsparse.schedules.sparse_winograd import sparse_winograd
 from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.winograd_plan import winograd_plan
 
 GEOMETRIES = {
     "one block": ConvGeometry(1, 4, 11, 13, 6, (3, 3), padding=(1, 1, 1, 1)),
@@ -27,8 +29,7 @@ GEOMETRIES = {
 each_target = pytest.mark.parametrize("target", ["llvm", "llvm -mcpu=haswell", "llvm -mcpu=skylake-avx512"])
 
 
-def arguments(geometry: ConvGeometry, rows: int) -> list[te.Tensor]:
-    shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
+def arguments(shape: tuple[int, ...], rows: int) -> list[te.Tensor]:
     return [
         te.placeholder(shape, name="data"),
         te.placeholder((16,), name="values"),
@@ -38,14 +39,15 @@ def arguments(geometry: ConvGeometry, rows: int) -> list[te.Tensor]:
 
 
 def allocated(schedule: te.Schedule, tensors: list[te.Tensor]) -> dict[str, int]:
-    """Elements by name of buffer, before buffers that do not live together are merged."""
+    """Elements by name of buffer, the largest of each, before buffers that do not live together are merged."""
     with tvm.transform.PassContext(disabled_pass=["tir.StorageRewrite"]):
         mod = tvm.lower(schedule, tensors)
     sizes = {}
 
     def visit(node: tvm.tir.Stmt) -> None:
         if isinstance(node, tvm.tir.Allocate):
-            sizes[node.buffer_var.name] = math.prod(int(extent) for extent in node.extents)
+            elements = math.prod(int(extent) for extent in node.extents)
+            sizes[node.buffer_var.name] = max(elements, sizes.get(node.buffer_var.name, 0))
 
     for function in mod.functions.values():
         tvm.tir.stmt_functor.post_order_visit(function.body, visit)
@@ -58,7 +60,8 @@ def test_direct_buffers_are_those_of_the_code(geometry: ConvGeometry, target: st
     facts = cpu_facts(target)
     layout = direct_blocking(geometry, facts)
     panel = direct_panel(layout, facts)
-    inputs = arguments(geometry, geometry.out_channels)
+    shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
+    inputs = arguments(shape, geometry.out_channels)
     result = sparse_direct(*inputs, geometry, layout, panel)
     sizes = allocated(cpu.schedule_direct([result], layout, tvm.target.Target(target)), [*inputs, result])
     assert direct_buffers(geometry, layout, panel) == {"packed input": sizes["planes"]}
@@ -70,14 +73,18 @@ def test_direct_buffers_are_those_of_the_code(geometry: ConvGeometry, target: st
 @pytest.mark.parametrize("name", ["one block", "many blocks", "few blocks"])
 def test_winograd_buffers_are_those_of_the_code(name: str, tile: int, target: str) -> None:
     geometry = GEOMETRIES[name]
-    blocking = winograd_blocking(geometry, tile, cpu_facts(target))
-    inputs = arguments(geometry, geometry.out_channels * (tile + geometry.kernel[0] - 1) ** 2)
-    result = sparse_winograd(*inputs, geometry, tile, blocking)
-    schedule = cpu.schedule_winograd([result], blocking.layout, tile, tvm.target.Target(target))
-    sizes = allocated(schedule, [*inputs, result])
-    expected = {"transformed input": sizes["inputs"], "products": sizes["products"]}
-    assert winograd_buffers(geometry, tile, blocking) == expected
-    assert max(sizes.values()) == max(expected.values())
+    plan = winograd_plan(geometry, tile, cpu_facts(target))
+    inputs = arguments(
+        plan.source.shape(geometry.batch, geometry.in_channels), geometry.out_channels * plan.positions
+    )
+    bias = te.placeholder((geometry.out_channels,), name="bias")
+    result = sparse_winograd(*inputs, bias, None, plan=plan, activation=Activation())
+    sizes = allocated(te.create_schedule(result.op), [*inputs, bias, result])
+    buffers = winograd_buffers(plan)
+    assert buffers["input in tiles"] == math.prod(int(size) for size in inputs[0].shape)
+    assert buffers["result in tiles"] == math.prod(int(size) for size in result.shape)
+    assert (buffers["transformed input"], buffers["products"]) == (sizes["V"], sizes["M"])
+    assert max(sizes.values()) == max(sizes["V"], sizes["M"])
 
 
 @pytest.mark.parametrize(
@@ -109,9 +116,13 @@ def test_buffers_in_between_beyond_32_bits_are_refused() -> None:
     """Input, output and weights are small here; what lies between is not."""
     wide = ConvGeometry(1, 1, 1, 1, 1, (2, 2), padding=(0, 0, 40_000, 60_000), dilation=(40_000, 60_000))
     assert "packed input of 4800200002 elements" in str(why_not_direct(wide))
-    deep = ConvGeometry(1, 30_000_000, 1, 1, 1, (3, 3), padding=(1, 1, 1, 1))
-    assert "transformed input" in str(why_not_winograd(deep, 4))
-    assert "32-bit" not in str(why_not_direct(deep))
+    deep = ConvGeometry(1, 10_000_000, 1, 1, 1, (5, 5), padding=(2, 2, 2, 2))
+    assert "transformed input of 2560001024 elements" in str(why_not_winograd(deep, 4, "llvm"))
+    deeper = ConvGeometry(1, 30_000_000, 1, 1, 1, (3, 3), padding=(1, 1, 1, 1))
+    assert "input in tiles of 5760000000 elements" in str(why_not_winograd(deeper, 4, "llvm"))
+    many = ConvGeometry(1, 1, 1, 1, 30_000_000, (3, 3), padding=(1, 1, 1, 1))
+    assert "result in tiles of 5760000000 elements" in str(why_not_winograd(many, 4, "llvm"))
+    assert [why_not_direct(geometry) for geometry in (deep, deeper, many)] == [None] * 3
 
 
 def test_a_large_image_that_is_computed_in_blocks_is_taken() -> None:

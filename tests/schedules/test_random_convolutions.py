@@ -10,9 +10,10 @@ import tvm
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from jointsparse.schedules.blocking import direct_blocking, winograd_blocking
+from jointsparse.schedules.blocking import direct_blocking
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.winograd_plan import winograd_plan
 from tests.schedules.convolutions import (
     AVX512,
     HASWELL,
@@ -85,13 +86,15 @@ def _check_many(draw_case: Callable[..., Case]) -> None:
     assert len(seen) >= AT_LEAST
     assert sum(weights_of(case).any() for case, _ in seen.values()) > 0.9 * len(seen)
     blocks = [_blocks(case, target) for case, target in seen.values()]
-    assert sum(down * across > 1 for down, across in blocks) >= 10
-    # cpu.py runs blocks in parallel from 4 on; with fewer, channels.
-    assert sum(down * across >= 4 for down, across in blocks) >= 5
+    assert sum(number > 1 for number in blocks) >= 10
+    # Blocks run in parallel from 4 on; with fewer, channels.
+    assert sum(number >= 4 for number in blocks) >= 5
 
 
-def _blocks(case: Case, target: str) -> tuple[int, int]:
+def _blocks(case: Case, target: str) -> int:
+    """Of an image."""
     facts = cpu_facts(target)
     if case.tile:
-        return winograd_blocking(case.geometry, case.tile, facts).layout.blocks
-    return direct_blocking(case.geometry, facts).blocks
+        return winograd_plan(case.geometry, case.tile, facts).blocking.blocks
+    down, across = direct_blocking(case.geometry, facts).blocks
+    return down * across
