@@ -82,7 +82,8 @@ class _Rewriter:
             return self.tiles[node][0]
         key = (node, layout, offset)
         if key not in self.converted:
-            self.converted[key] = into_tiles(self.value(node), layout, offset)
+            shape = [int(size) for size in node.checked_type.shape]
+            self.converted[key] = into_tiles(self.value(node), shape, layout, offset)
         return self.converted[key]
 
     def _visit(self, node: relay.Expr) -> None:

@@ -103,16 +103,19 @@ def conv2d_sparse_winograd(
         )
     plan = winograd_plan(geometry, m, cpu_facts(target))
     rows = pack_winograd(winograd_weight, geometry, plan.blocking.split)
-    tiles = into_tiles(data, plan.source, plan.offset)
+    shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
+    tiles = into_tiles(data, shape, plan.source, plan.offset)
     bias = relay.const(np.zeros(geometry.out_channels, np.float32))
     attributes = {**asdict(geometry), **asdict(Activation()), "tile": m, "lanes": plan.result.lanes}
     attributes |= {"vectors": plan.blocking.vectors, "split": plan.blocking.split}
     return out_of_tiles(call(WINOGRAD, [tiles, *_constants(rows), bias], **attributes), plan.result)
 
 
-def into_tiles(data: relay.Expr, layout: TileLayout, offset: tuple[int, int] = (0, 0)) -> relay.Expr:
-    """See tile_conversions.to_tiles."""
-    return call(TO_TILES, [data], **asdict(layout), offset=offset)
+def into_tiles(
+    data: relay.Expr, shape: Sequence[int], layout: TileLayout, offset: tuple[int, int] = (0, 0)
+) -> relay.Expr:
+    """See tile_conversions.to_tiles; shape: of the data."""
+    return call(TO_TILES, [data], **asdict(layout), shape=tuple(shape), offset=offset)
 
 
 def out_of_tiles(tiles: relay.Expr, layout: TileLayout) -> relay.Expr:
@@ -221,14 +224,10 @@ def _winograd_result(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
     return plan.result.shape(plan.geometry.batch, plan.geometry.out_channels)
 
 
-def _images(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:
-    """Of any four sizes."""
-    return [*data, None, None, None, None][:4]
-
-
 def _images_in_tiles(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:
+    """Of any two sizes first."""
     layout = unpack(TileLayout, attrs)
-    return [*_images(attrs, data)[:2], layout.planes, layout.size]
+    return [*[*data, None, None][:2], layout.planes, layout.size]
 
 
 def _image_shape(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
@@ -277,7 +276,7 @@ register(
     TO_TILES,
     "Images into tile layout.",
     {"data": "images, NCHW"},
-    _images,
+    lambda attrs, data: plain(attrs["shape"]),
     lambda attrs, data: unpack(TileLayout, attrs).shape(data[0], data[1]),
     lambda attrs, inputs, target: to_tiles(inputs[0], unpack(TileLayout, attrs), plain(attrs["offset"])),
     _as_it_is,

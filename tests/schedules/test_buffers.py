@@ -74,9 +74,7 @@ def test_direct_buffers_are_those_of_the_code(geometry: ConvGeometry, target: st
 def test_winograd_buffers_are_those_of_the_code(name: str, tile: int, target: str) -> None:
     geometry = GEOMETRIES[name]
     plan = winograd_plan(geometry, tile, cpu_facts(target))
-    inputs = arguments(
-        plan.source.shape(geometry.batch, geometry.in_channels), geometry.out_channels * plan.positions
-    )
+    inputs = arguments(plan.source.shape(geometry.batch, geometry.in_channels), geometry.out_channels * plan.positions)
     bias = te.placeholder((geometry.out_channels,), name="bias")
     result = sparse_winograd(*inputs, bias, None, plan=plan, activation=Activation())
     sizes = allocated(te.create_schedule(result.op), [*inputs, bias, result])

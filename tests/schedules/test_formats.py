@@ -9,23 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointsparse.schedules.blocking import (
-    WinogradBlocking,
-    _heights,
-    _winograd_cycles,
-    direct_blocking,
-    direct_panel,
-    winograd_blocking,
-)
+from jointsparse.schedules.blocking import WinogradBlocking, direct_blocking, direct_panel, winograd_blocking
 from jointsparse.schedules.formats import pack_direct, pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.layouts import direct_layout, winograd_layout
+from jointsparse.schedules.layouts import direct_layout
+from jointsparse.schedules.winograd_plan import winograd_plan
 
 
 @dataclass(frozen=True)
 class Cpu:
     lanes: int = 8
     accumulators: int = 12
+    l1: int = 32 * 1024
     l2: int = 256 * 1024
 
 
@@ -94,26 +89,48 @@ def test_an_index_is_the_offset_of_the_pixel(
         np.testing.assert_allclose(grid, want, atol=1e-5)
 
 
-def test_winograd_rows_round_trip() -> None:
+@pytest.mark.parametrize("group", [1, 2, 3, 4])
+@pytest.mark.parametrize("sparsity", [0.0, 0.7, 0.97])
+def test_winograd_rows_round_trip(group: int, sparsity: float) -> None:
     geometry = ConvGeometry(1, 6, 9, 9, 4, (3, 3), groups=2)
     rng = np.random.default_rng(0)
-    weight = rng.standard_normal((4, 3, 6, 6)) * (rng.random((4, 3, 6, 6)) < 0.3)
-    rows = pack_winograd(weight, geometry)
-    dense = np.zeros((6, 6, 4, 6))
-    for row, (start, end) in enumerate(zip(rows.indptr, rows.indptr[1:], strict=False)):
-        dense.reshape(-1, 6)[row, rows.indices[start:end]] = rows.values[start:end]
-    want = np.zeros_like(dense)
+    weight = rng.standard_normal((4, 3, 6, 6)) * (rng.random((4, 3, 6, 6)) >= sparsity)
+    weight[1] = 0
+    rows = pack_winograd(weight, geometry, group)
+    assert rows.group == group
+    dense, want = np.zeros((6, 6, 4, 6)), np.zeros((6, 6, 4, 6))
     want[:, :, :2, :3], want[:, :, 2:, 3:] = weight[:2].transpose(2, 3, 0, 1), weight[2:].transpose(2, 3, 0, 1)
+    for row, (start, end) in enumerate(zip(group * rows.indptr, group * rows.indptr[1:], strict=False)):
+        nonzeros = np.flatnonzero(want.reshape(-1, 6)[row])
+        values, indices = rows.values[start:end], rows.indices[start:end]
+        assert end - start == -(-len(nonzeros) // group) * group
+        np.testing.assert_array_equal(indices[: len(nonzeros)], nonzeros)
+        # Filled up with zeros of the row's own: they must not read what the row does not.
+        assert not values[len(nonzeros) :].any()
+        assert set(indices) == set(nonzeros)
+        np.add.at(dense.reshape(-1, 6)[row], indices, values)
     np.testing.assert_allclose(dense, want, rtol=1e-6)
-    assert rows.indptr[-1] == np.count_nonzero(weight)
+    assert np.count_nonzero(rows.values) == np.count_nonzero(weight)
+    assert not rows.values[group * rows.indptr[-1] :].any()
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(1, "uint8"), (256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")]
+)
+def test_channels_are_stored_in_the_fewest_bytes(channels: int, dtype: str) -> None:
+    weight = np.zeros((1, channels, 4, 4), np.float32)
+    weight[0, -1] = 1
+    rows = pack_winograd(weight, ConvGeometry(1, channels, 4, 4, 1, (3, 3)))
+    assert rows.indices.dtype == dtype
+    assert set(rows.indices[:16]) == {channels - 1}
 
 
 def test_all_zero_weights_have_storage_and_no_entries() -> None:
     geometry = ConvGeometry(1, 2, 9, 9, 4, (3, 3))
     rows = pack_direct(np.zeros(geometry.weight_shape), geometry, direct_layout(geometry, 7, 7))
-    assert rows.indptr[-1] == 0
-    assert len(rows.values) == len(rows.indices) > 0
-    assert not rows.indptr.any()
+    for some in (rows, *(pack_winograd(np.zeros((4, 2, 6, 6)), geometry, group) for group in (1, 4))):
+        assert len(some.values) == len(some.indices) > 0
+        assert not some.indptr.any()
 
 
 @pytest.mark.parametrize("nonzeros", [0, 1, 100, 7373, 100_000])
@@ -136,42 +153,47 @@ SHAPES = st.builds(
 )
 
 
-@given(geometry=SHAPES, m=st.sampled_from([2, 4]), lanes=st.sampled_from([1, 4, 8, 16]))
+@given(geometry=SHAPES, lanes=st.sampled_from([1, 4, 8, 16]))
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_blocks_cover_the_output(geometry: ConvGeometry, m: int, lanes: int) -> None:
+def test_direct_blocks_cover_the_output(geometry: ConvGeometry, lanes: int) -> None:
     cpu = Cpu(lanes=lanes)
-    direct = direct_blocking(geometry, cpu)
-    blocking = winograd_blocking(geometry, m, cpu)
-    for layout, cell in ((direct, 1), (blocking.layout, m)):
-        assert layout.blocks[0] * layout.rows * cell >= geometry.out_height
-        assert layout.blocks[1] * layout.cols * cell >= geometry.out_width
-    assert direct_panel(direct, cpu) % lanes == 0
-    assert blocking.panel % lanes == 0
-    assert blocking.panel // lanes <= cpu.accumulators
-    assert blocking.tiles >= (blocking.layout.rows - 1) * blocking.width + blocking.layout.cols
-    assert blocking.width >= blocking.layout.cols
-    assert blocking.layout.grid == winograd_layout(geometry, m, 1, 1).grid
+    layout = direct_blocking(geometry, cpu)
+    assert layout.blocks[0] * layout.rows >= geometry.out_height
+    assert layout.blocks[1] * layout.cols >= geometry.out_width
+    assert direct_panel(layout, cpu) % lanes == 0
+    assert direct_panel(layout, cpu) // lanes <= cpu.accumulators
 
 
-def test_blocks_of_a_grid_are_all_its_even_splits() -> None:
-    for rows in (*range(1, 300), 1000, 2047, 4095, 4096):
-        assert _heights(rows) == {-(-rows // parts) for parts in range(1, rows + 1)}
+@given(
+    geometry=SHAPES,
+    m=st.sampled_from([2, 4]),
+    lanes=st.sampled_from([1, 4, 8, 16]),
+    l1=st.sampled_from([16, 32, 64]),
+    l2=st.sampled_from([128, 256, 2048]),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_winograd_blocks_cover_all_tiles_and_fit_the_caches(
+    geometry: ConvGeometry, m: int, lanes: int, l1: int, l2: int
+) -> None:
+    cpu = Cpu(lanes=lanes, l1=l1 * 1024, l2=l2 * 1024)
+    plan = winograd_plan(geometry, m, cpu)
+    blocking, vectors = plan.blocking, plan.result.vectors
+    assert (blocking.blocks - 1) * blocking.vectors + blocking.last == vectors
+    assert 1 <= blocking.last <= blocking.vectors <= vectors
+    assert blocking.vectors <= cpu.accumulators
+    assert blocking.split >= 1
+    assert blocking.vectors * blocking.split <= cpu.accumulators
+    if blocking.vectors > 1:
+        tiles = 4 * blocking.vectors * lanes
+        assert geometry.in_channels * tiles <= cpu.l1
+        assert plan.positions * (geometry.in_channels + geometry.out_channels) * tiles <= cpu.l2
 
 
-def test_a_very_long_image_has_few_blockings() -> None:
-    geometry = ConvGeometry(1, 1, 500_000_000, 3, 1, (3, 3), padding=(1, 1, 1, 1))
-    blocking = winograd_blocking(geometry, 4, Cpu())
-    assert blocking.layout.rows in _heights(125_000_000)
-    assert len(_heights(125_000_000)) == 128
-
-
-@pytest.mark.parametrize("lanes", [4, 8, 16])
-def test_predicted_cycles_grow_with_the_panel(lanes: int) -> None:
-    """Every vector more in a panel is one more multiply-add a weight, and counted as such."""
-    geometry, cpu = ConvGeometry(1, 16, 18, 18, 16, (3, 3)), Cpu(lanes=lanes, l2=2**30)
-    layout = winograd_layout(geometry, 4, 4, 4)
-    panels = [WinogradBlocking(layout, layout.cols, vectors * lanes, 1) for vectors in range(1, 13)]
-    cycles = np.array([_winograd_cycles(panel, geometry, 4, cpu) for panel in panels])
-    steps = np.diff(cycles)
-    assert steps[0] > 0
-    np.testing.assert_allclose(steps, steps[0])
+@given(vectors=st.integers(1, 5000), accumulators=st.integers(1, 24))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_blocks_are_as_few_as_can_be_and_evenly_filled(vectors: int, accumulators: int) -> None:
+    cpu = Cpu(accumulators=accumulators, l1=2**30, l2=2**40)
+    blocking = winograd_blocking(vectors, 8, 8, 36, cpu)
+    assert blocking.blocks <= -(-vectors // min(accumulators, vectors))
+    assert blocking.vectors == -(-vectors // blocking.blocks)
+    assert blocking == WinogradBlocking.of(vectors, blocking.vectors, blocking.split)

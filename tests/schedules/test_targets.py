@@ -125,7 +125,7 @@ def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile
         vectors, broadcasts = blocking.vectors, blocking.split
     else:
         vectors, broadcasts = direct_panel(direct_blocking(geometry, facts), facts) // facts.lanes, 1
-    multiply_add = re.compile(rf"vfmadd231ps\s+-?\d*\(%\w+(?:,%\w+(?:,\d)?)?\), %{register}\d+, %{register}\d+")
+    multiply_add = re.compile(rf"vfmadd(?:132|231)ps\s+-?\d*\(%\w+(?:,%\w+(?:,\d)?)?\), %{register}\d+, %{register}\d+")
     inner = [
         loop
         for loop in innermost_loops(assembly(target, tile, geometry))
@@ -141,14 +141,12 @@ def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("geometry", [LAYER, DEEP], ids=["wide", "deep"])
 def test_vectors_in_between_are_on_the_stack(target: str, tile: int, geometry: ConvGeometry) -> None:
-    """Only V, M and the pixels of a block's places are asked of the runtime. A small array there instead of on the
-    stack once made kernels 1.5 times slower."""
-    blocking = winograd_plan(geometry, tile, cpu_facts(target)).blocking
+    """Of the runtime only large buffers are asked for. Small arrays from there, not on the stack, once made kernels 1.5
+    times slower."""
     code = library(target, tile, geometry).get_source("ll")
     calls = re.findall(r"call \S+ %\w+\(i32 (?:noundef )?1, i32 .*?, i64 (?:noundef )?(\d+),", code)
     assert len(calls) >= 2
     assert min(int(size) for size in calls) >= STACK_BYTES
-    assert blocking
 
 
 @pytest.mark.parametrize("tile", [0, 4], ids=["direct", "winograd"])
