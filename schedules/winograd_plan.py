@@ -43,8 +43,7 @@ class WinogradPlan:
 def winograd_plan(geometry: ConvGeometry, tile: int, cpu: Cpu) -> WinogradPlan:
     """The plan for a CPU."""
     layout, _ = _layout(geometry, tile, cpu.lanes)
-    positions = (tile + geometry.kernel[0] - 1) ** 2
-    blocking = winograd_blocking(layout.vectors, geometry.in_channels, geometry.out_channels, positions, cpu)
+    blocking = winograd_blocking(layout.vectors, cpu)
     return WinogradPlan.of(geometry, tile, cpu.lanes, blocking.vectors, blocking.split)
 
 
