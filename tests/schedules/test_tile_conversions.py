@@ -1,0 +1,92 @@
+"""Into tile layout and back, compiled, against numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from numpy.typing import NDArray
+from tvm import te
+
+from jointsparse.schedules import operators  # noqa: F401  (readies LLVM)
+from jointsparse.schedules.tile_conversions import from_tiles, to_tiles
+from jointsparse.schedules.tiles import TileLayout
+
+LAYOUTS = {
+    "shared": lambda m, halo, lanes: TileLayout(9, 13, m, m, False, lanes),
+    "spread": lambda m, halo, lanes: TileLayout(9, 13, m, halo, True, lanes),
+}
+
+
+def in_tiles(data: NDArray, layout: TileLayout, offset: tuple[int, int] = (0, 0)) -> NDArray:
+    """From the definition: pixel (row, col) of the data is pixel (row, col) + offset of the layout's image."""
+    result = np.zeros(layout.shape(*data.shape[:2]), data.dtype)
+    bottom = layout.grid[0] * layout.m + layout.halo
+    for down in range(-1, layout.grid[0] + 1):
+        for right in range(layout.grid[1]):
+            for row in range(layout.m):
+                for col in layout.columns:
+                    at = down * layout.m + row
+                    y, x = at - offset[0], right * layout.m + col - offset[1]
+                    if -layout.halo <= at < bottom and 0 <= y < data.shape[2] and 0 <= x < data.shape[3]:
+                        place = layout.margin + down * layout.cols + right
+                        result[:, :, layout.plane(row, col), place] = data[:, :, y, x]
+    return result
+
+
+def run(arrays: list[NDArray], inputs: list[te.Tensor], output: te.Tensor) -> NDArray:
+    """With the result's memory full of something else before."""
+    function = tvm.build(te.create_schedule(output.op), [*inputs, output], "llvm")
+    result = tvm.nd.array(np.full([int(s) for s in output.shape], 77, np.float32))
+    function(*[tvm.nd.array(array) for array in arrays], result)
+    return result.numpy()
+
+
+def convert(data: NDArray, layout: TileLayout, offset: tuple[int, int] = (0, 0)) -> NDArray:
+    source = te.placeholder(data.shape, name="data")
+    return run([data], [source], to_tiles(source, layout, offset))
+
+
+def images(*shape: int) -> NDArray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("halo", [1, 2])
+def test_into_tiles_and_back(kind: str, lanes: int, m: int, halo: int) -> None:
+    layout, data = LAYOUTS[kind](m, halo, lanes), images(2, 3, 9, 13)
+    tiles = convert(data, layout)
+    np.testing.assert_array_equal(tiles, in_tiles(data, layout))
+    source = te.placeholder(tiles.shape, name="tiles")
+    np.testing.assert_array_equal(run([tiles], [source], from_tiles(source, layout)), data)
+
+
+@pytest.mark.parametrize("height", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("width", [1, 2, 4, 7, 16])
+@pytest.mark.parametrize("spread", [False, True], ids=["shared", "spread"])
+def test_sizes(height: int, width: int, spread: bool) -> None:
+    layout, data = TileLayout(height, width, 4, 1 if spread else 4, spread, 4), images(1, 2, height, width)
+    tiles = convert(data, layout)
+    np.testing.assert_array_equal(tiles, in_tiles(data, layout))
+    source = te.placeholder(tiles.shape, name="tiles")
+    np.testing.assert_array_equal(run([tiles], [source], from_tiles(source, layout)), data)
+
+
+@pytest.mark.parametrize("offset", [(0, 0), (-1, -1), (1, 1), (-2, 3), (3, -2), (-1, 0), (0, 12), (15, 2)])
+@pytest.mark.parametrize(("m", "halo"), [(2, 1), (2, 2), (4, 1), (4, 2)])
+def test_offsets(offset: tuple[int, int], m: int, halo: int) -> None:
+    """Beside the layout's image there may be pixels of the data, as far as a filter reaches."""
+    data = images(2, 2, 11, 10)
+    layout = TileLayout(9, 13, m, halo, True, 4)
+    np.testing.assert_array_equal(convert(data, layout, offset), in_tiles(data, layout, offset))
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_around_the_image_nothing_is_read_back(kind: str) -> None:
+    """Only pixels of the image come out of tiles, whatever lies around."""
+    layout = LAYOUTS[kind](4, 1, 8)
+    tiles = np.where(in_tiles(np.ones((1, 1, 9, 13), np.float32), layout) > 0, 2, np.nan).astype(np.float32)
+    source = te.placeholder(tiles.shape, name="tiles")
+    np.testing.assert_array_equal(run([tiles], [source], from_tiles(source, layout)), np.full((1, 1, 9, 13), 2))

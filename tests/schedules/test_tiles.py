@@ -1,0 +1,121 @@
+"""The tile layout: every pixel that a filter can read has one place, and nothing else is there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jointsparse.schedules.tiles import TileLayout, tile_layout
+
+SIZES = st.integers(1, 40)
+MATH = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> TileLayout:
+    m = draw(st.sampled_from([2, 4]))
+    spread = draw(st.booleans())
+    halo = draw(st.integers(1, 2)) if spread else m
+    return TileLayout(draw(SIZES), draw(SIZES), m, halo, spread, draw(st.sampled_from([1, 4, 8, 16])))
+
+
+def tile_place(layout: TileLayout, down: int, right: int) -> int:
+    return layout.margin + down * layout.cols + right
+
+
+def filled(layout: TileLayout) -> np.ndarray:
+    """Numbers of pixels (1 for the first) in (planes, size), by the definition in the module's own words."""
+    tiles = np.zeros((layout.planes, layout.size), np.int64)
+    for down in range(layout.grid[0]):
+        for right in range(layout.grid[1]):
+            for row in range(layout.m):
+                for col in layout.columns:
+                    y, x = down * layout.m + row, right * layout.m + col
+                    if y < layout.height and 0 <= x < layout.width:
+                        place = tile_place(layout, down, right)
+                        tiles[layout.plane(row, col), place] = 1 + y * layout.width + x
+    return tiles
+
+
+@MATH
+@given(layouts())
+def test_every_tile_reads_its_pixels_and_zeros_around_the_image(layout: TileLayout) -> None:
+    tiles = filled(layout)
+    reach = layout.halo + layout.m
+    image = np.zeros((layout.height + 2 * reach, layout.width + 2 * reach), np.int64)
+    image[reach : reach + layout.height, reach : reach + layout.width] = 1 + np.arange(
+        layout.height * layout.width
+    ).reshape(layout.height, layout.width)
+    for row in range(-layout.halo, layout.m + layout.halo):
+        for col in range(-layout.halo, layout.m + layout.halo):
+            plane, shift = layout.locate(row, col)
+            for down in range(layout.grid[0]):
+                for right in range(layout.grid[1]):
+                    y, x = reach + down * layout.m + row, reach + right * layout.m + col
+                    assert tiles[plane, tile_place(layout, down, right) + shift] == image[y, x]
+
+
+@MATH
+@given(layouts())
+def test_every_pixel_has_one_place_in_a_plane(layout: TileLayout) -> None:
+    tiles = filled(layout)
+    pixels = np.arange(1, 1 + layout.height * layout.width)
+    for row in range(layout.m):
+        for col in layout.columns:
+            found = tiles[layout.plane(row, col)]
+            assert len(np.unique(found[found > 0])) == np.count_nonzero(found)
+    own = [layout.plane(row, col) for row in range(layout.m) for col in range(layout.m)]
+    np.testing.assert_array_equal(np.sort(tiles[own][tiles[own] > 0]), pixels)
+    places = {layout.plane(row, col) for row in range(layout.m) for col in layout.columns}
+    assert places == set(range(layout.planes))
+
+
+@MATH
+@given(layouts())
+def test_sizes(layout: TileLayout) -> None:
+    down, right = layout.grid
+    assert (down - 1) * layout.m < layout.height <= down * layout.m
+    assert (right - 1) * layout.m < layout.width <= right * layout.m
+    assert layout.shape(3, 5) == (3, 5, layout.planes, layout.size)
+    assert layout.planes == layout.m * (layout.m + 2 * layout.halo if layout.spread else layout.m)
+    assert layout.margin % layout.lanes == 0
+    assert layout.size == 2 * layout.margin + layout.vectors * layout.lanes
+    # Vectors hold the last tile, and one fewer would not.
+    tiles = tile_place(layout, down - 1, right - 1) + 1 - layout.margin
+    assert (layout.vectors - 1) * layout.lanes < down * layout.cols <= layout.vectors * layout.lanes
+    assert tiles <= down * layout.cols
+
+
+@MATH
+@given(layouts())
+def test_vectors_never_read_beyond_a_plane(layout: TileLayout) -> None:
+    """Not even the lanes that are no tile's."""
+    shifts = [
+        layout.locate(row, col)[1]
+        for row in range(-layout.halo, layout.m + layout.halo)
+        for col in range(-layout.halo, layout.m + layout.halo)
+    ]
+    assert min(shifts) >= -layout.margin
+    assert layout.margin + layout.vectors * layout.lanes + max(shifts) <= layout.size
+
+
+@MATH
+@given(SIZES, SIZES, st.sampled_from([2, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 4, 8, 16]))
+def test_spread_where_it_saves_a_quarter(height: int, width: int, m: int, halo: int, lanes: int) -> None:
+    layout = tile_layout(height, width, m, halo, lanes)
+    shared = TileLayout(height, width, m, m, False, lanes)
+    spread = TileLayout(height, width, m, halo, True, lanes)
+    assert layout == (spread if 4 * spread.vectors <= 3 * shared.vectors else shared)
+
+
+def test_examples() -> None:
+    assert not tile_layout(224, 224, 4, 1, 16).spread
+    assert tile_layout(14, 14, 4, 1, 16).spread
+    # Filters of both sizes read the shared layout: no conversion between them.
+    assert tile_layout(56, 56, 2, 1, 8) == tile_layout(56, 56, 2, 2, 8)
+    narrow = tile_layout(14, 14, 4, 1, 16)
+    assert replace(narrow, spread=False, halo=4).vectors == 2
+    assert narrow.vectors == 1
