@@ -1,0 +1,163 @@
+"""Straight-line vector code: right in exact rationals, and nothing computed twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import tvm
+from tvm import te, tir
+
+from jointsparse.schedules import operators  # noqa: F401  (readies LLVM)
+from jointsparse.schedules.sparse_winograd import row_groups
+from jointsparse.schedules.vector_code import VectorCode, even_odd
+from jointsparse.schedules.winograd import KERNELS, TILES, Matrix, transform
+
+MATRICES = {
+    f"{name} of F({m}, {r})": getattr(transform(m, r), name) for m in TILES for r in KERNELS for name in ("AT", "BT")
+}
+each_matrix = pytest.mark.parametrize("name", MATRICES)
+
+
+class Counting:
+    """Numbers that count the arithmetic done on them, in place of vectors."""
+
+    def __init__(self, value: Fraction, counts: Counter[str]) -> None:
+        self.value = value
+        self.counts = counts
+
+    def _of(self, name: str, value: Fraction) -> Counting:
+        self.counts[name] += 1
+        return Counting(value, self.counts)
+
+    def __add__(self, other: Counting) -> Counting:
+        return self._of("sum", self.value + other.value)
+
+    def __sub__(self, other: Counting) -> Counting:
+        return self._of("sum", self.value - other.value)
+
+    def __mul__(self, other: Counting) -> Counting:
+        return self._of("product", self.value * other.value)
+
+
+class Rationals(VectorCode):
+    """The same products in exact rationals."""
+
+    def __init__(self) -> None:
+        super().__init__(tvm.tir.ir_builder.create(), 1)
+        self.counts: Counter[str] = Counter()
+
+    def keep(self, value: Counting) -> Counting:  # type: ignore[override]
+        return value
+
+    def splat(self, value: float, dtype: str = "float32") -> Counting:  # type: ignore[override]
+        return Counting(Fraction(value), self.counts)
+
+    def load_number(self, values: list[Fraction]) -> Callable[[int], Counting]:
+        def operand(i: int) -> Counting:
+            self.counts["load"] += 1
+            return Counting(values[i], self.counts)
+
+        return operand
+
+
+def exact(matrix: Matrix, values: list[Fraction]) -> list[Fraction]:
+    return [sum((w * v for w, v in zip(row, values, strict=True)), Fraction(0)) for row in matrix]
+
+
+def numbers(count: int) -> list[Fraction]:
+    return [Fraction(int(n), 7) for n in np.random.default_rng(0).integers(-99, 100, count)]
+
+
+def test_even_and_odd() -> None:
+    one, two = Fraction(1), Fraction(2)
+    assert even_odd([one, two], [one, -two]) == ([one, 0], [0, two])
+    assert even_odd([one, two], [one, two]) is None, "no odd half"
+    assert even_odd([one, two], [-one, -two]) is None, "no even half"
+    assert even_odd([one, two], [two, one]) is None, "halves overlap"
+
+
+@each_matrix
+def test_halves_give_the_rows_back(name: str) -> None:
+    rows = MATRICES[name]
+    found = 0
+    for first, second in zip(rows, rows[1:], strict=False):
+        halves = even_odd(first, second)
+        if halves is not None:
+            found += 1
+            even, odd = halves
+            assert [a + b for a, b in zip(even, odd, strict=True)] == list(first)
+            assert [a - b for a, b in zip(even, odd, strict=True)] == list(second)
+    if name.startswith("BT"):
+        assert found == (len(rows) - 2) // 2, "one pair for each pair of points a, -a"
+
+
+@each_matrix
+def test_products_are_exact(name: str) -> None:
+    matrix = MATRICES[name]
+    code, values = Rationals(), numbers(len(matrix[0]))
+    result = code.product(matrix, code.load_number(values))
+    assert [result[i].value for i in range(len(matrix))] == exact(matrix, values)
+
+
+@each_matrix
+def test_rows_of_a_product(name: str) -> None:
+    matrix = MATRICES[name]
+    values = numbers(len(matrix[0]))
+    want = exact(matrix, values)
+    groups = [*row_groups(matrix), *[(i,) for i in range(len(matrix))]]
+    assert sorted(i for group in row_groups(matrix) for i in group) == list(range(len(matrix)))
+    for rows in groups:
+        code = Rationals()
+        result = code.product(matrix, code.load_number(values), rows)
+        assert {i: number.value for i, number in result.items()} == {i: want[i] for i in rows}
+
+
+@each_matrix
+def test_an_operand_is_loaded_once_and_pairs_save_sums(name: str) -> None:
+    matrix = MATRICES[name]
+    code = Rationals()
+    code.product(matrix, code.load_number(numbers(len(matrix[0]))))
+    assert code.counts["load"] == len(matrix[0])
+    plain = sum(sum(map(bool, row)) - 1 for row in matrix)
+    assert code.counts["sum"] < plain or name in ("AT of F(2, 3)", "BT of F(2, 3)", "AT of F(2, 5)")
+    assert code.counts["sum"] <= plain
+    assert code.counts["product"] <= sum(abs(weight) not in (0, 1) for row in matrix for weight in row)
+
+
+@pytest.mark.parametrize(
+    ("name", "sums"),
+    [("BT of F(2, 3)", 4), ("AT of F(2, 3)", 4), ("BT of F(4, 3)", 12), ("AT of F(4, 3)", 10)],
+)
+def test_sums_of_the_published_filters(name: str, sums: int) -> None:
+    """Every sum that rows share is there once."""
+    code = Rationals()
+    code.product(MATRICES[name], code.load_number(numbers(len(MATRICES[name][0]))))
+    assert code.counts["sum"] == sums
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 16])
+def test_compiled(lanes: int) -> None:
+    """A product of vectors, in a loop, through the array that vectors are kept in."""
+    matrix, count = transform(4, 5).BT, 3
+    n = len(matrix)
+
+    def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
+        code = VectorCode(tvm.tir.ir_builder.create(), lanes)
+        with code.loop(count, "i") as i:
+            place = code.let(i * lanes)
+            for row, value in code.product(matrix, lambda j: code.load(ins[0], tir.const(j), place)).items():
+                code.store(outs[0], value, tir.const(row), place)
+        return code.ib.get()
+
+    source = te.placeholder((n, count * lanes), name="source")
+    target = te.extern([source.shape], [source], emit, dtype="float32")
+    function = tvm.build(te.create_schedule(target.op), [source, target], "llvm")
+    data = np.random.default_rng(0).standard_normal((n, count * lanes)).astype(np.float32)
+    result = tvm.nd.array(np.zeros_like(data))
+    function(tvm.nd.array(data), result)
+    want = np.array(matrix, np.float64) @ data.astype(np.float64)
+    np.testing.assert_allclose(result.numpy(), want, rtol=1e-4, atol=1e-4)
