@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, TypeVar
 
 # Without it relay.build tries to download TVM's records of tuned schedules.
@@ -24,6 +25,8 @@ Compute = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Te
 Schedule = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Schedule]
 DataShape = Callable[[tvm.ir.Attrs, Sequence[int | None]], Sequence[int | None]]
 ResultShape = Callable[[tvm.ir.Attrs, Sequence[int]], Sequence[int]]
+_Sizes = tuple[int | None, ...]
+_Shapes = tuple[_Sizes, tuple[int, ...]]
 
 
 def register(
@@ -52,7 +55,9 @@ def register(
     for argument, meaning in arguments.items():
         operator.add_argument(argument, "Tensor", meaning)
     operator.set_attrs_type_key("DictAttrs")
-    operator.add_type_rel(name, lambda types, attrs: _result_type(name, data_shape, result_shape, types, attrs))
+    # Passes ask for the type of a call again and again, more often the larger the network: most of its build otherwise.
+    shapes = lru_cache(maxsize=4096)(lambda attrs, sizes: _shapes(data_shape, result_shape, attrs, sizes))
+    operator.add_type_rel(name, lambda types, attrs: _result_type(name, shapes, types, attrs))
     operator.set_support_level(10)
     pattern = relay_op.OpPattern.OUT_ELEMWISE_FUSABLE if fusable else relay_op.OpPattern.OPAQUE
     relay_op.register_pattern(name, pattern)
@@ -102,20 +107,24 @@ def plain(value: Any) -> Any:
     )
 
 
+def _shapes(data_shape: DataShape, result_shape: ResultShape, attrs: tvm.ir.Attrs, sizes: _Sizes) -> _Shapes:
+    """(Of the data that a call is made for, of the result)."""
+    expected = tuple(data_shape(attrs, sizes))
+    return expected, tuple(result_shape(attrs, [size for size in expected if size is not None]))
+
+
 def _result_type(
     name: str,
-    data_shape: DataShape,
-    result_shape: ResultShape,
+    shapes: Callable[[tvm.ir.Attrs, _Sizes], _Shapes],
     types: Sequence[tvm.ir.Type],
     attrs: tvm.ir.Attrs,
 ) -> tvm.ir.Type | None:
     data = types[0]
     if not isinstance(data, relay.TensorType):
         return None
-    sizes = [int(size) if isinstance(size, tvm.tir.IntImm) else None for size in data.shape]
-    expected = tuple(data_shape(attrs, sizes))
-    if data.dtype != "float32" or tuple(sizes) != expected or None in expected:
+    sizes = tuple(int(size) if isinstance(size, tvm.tir.IntImm) else None for size in data.shape)
+    expected, result = shapes(attrs, sizes)
+    if data.dtype != "float32" or sizes != expected or None in expected:
         shape = "fixed shape" if None in expected else f"shape {expected}"
         raise TypeError(f"{name} is made for float32 data of {shape}, got {data}")
-    fixed = [size for size in expected if size is not None]
-    return relay.TensorType(list(result_shape(attrs, fixed)), "float32")
+    return relay.TensorType(list(result), "float32")

@@ -364,7 +364,7 @@ BINARY: dict[str, Callable[[Expr, Expr], Expr]] = {
 
 
 @settings(
-    max_examples=5,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),

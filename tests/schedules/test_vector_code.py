@@ -84,7 +84,8 @@ def test_even_and_odd() -> None:
 def test_halves_give_the_rows_back(name: str) -> None:
     rows = MATRICES[name]
     found = 0
-    for first, second in zip(rows, rows[1:], strict=False):
+    for i in range(len(rows) - 1):
+        first, second = rows[i : i + 2]
         halves = even_odd(first, second)
         if halves is not None:
             found += 1
