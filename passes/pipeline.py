@@ -20,6 +20,7 @@ from .layers import Worklist
 from .plan import Plan
 from .prune_winograd import PruneWinograd
 from .rewrite_convolutions import RewriteConvolutions
+from .rewrite_pooling import RewritePooling
 
 
 def sparsify(
@@ -82,10 +83,12 @@ def sparsify(
         BindParameters(params),
         relay.transform.FoldConstant(),
         KeepTiles(),
+        # Phase 5. What lies between them.
+        *([] if domain == "dense" else [RewritePooling(device)]),
     ]
     with _every_pass():
         result = tvm.transform.Sequential(passes, name="Sparsify")(mod)
-    # Phase 5. Explain.
+    # Phase 6. Explain.
     bound = _inputs(mod) - _inputs(result)
     return (
         result,

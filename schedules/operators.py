@@ -24,6 +24,8 @@ from .epilogues import Activation
 from .formats import SparseRows, pack_direct, pack_winograd
 from .geometry import ConvGeometry
 from .layouts import PhaseLayout, direct_layout
+from .max_pool import PoolGeometry
+from .max_pool import max_pool2d as max_pool2d_compute
 from .registration import call, plain, register, unpack
 from .sparse_direct import sparse_direct
 from .sparse_winograd import sparse_winograd
@@ -36,11 +38,13 @@ from .winograd_plan import WinogradPlan, winograd_plan
 __all__ = [
     "DIRECT",
     "FROM_TILES",
+    "MAX_POOL",
     "TO_TILES",
     "WINOGRAD",
     "WINOGRAD_ADD",
     "conv2d_sparse_direct",
     "conv2d_sparse_winograd",
+    "max_pool2d",
     "why_not_direct",
     "why_not_winograd",
 ]
@@ -50,6 +54,7 @@ WINOGRAD = "jointsparse.conv2d_sparse_winograd"
 WINOGRAD_ADD = "jointsparse.conv2d_sparse_winograd_add"
 TO_TILES = "jointsparse.to_tiles"
 FROM_TILES = "jointsparse.from_tiles"
+MAX_POOL = "jointsparse.max_pool2d"
 
 
 def conv2d_sparse_direct(
@@ -121,6 +126,11 @@ def into_tiles(
 def out_of_tiles(tiles: relay.Expr, layout: TileLayout) -> relay.Expr:
     """See tile_conversions.from_tiles."""
     return call(FROM_TILES, [tiles], **asdict(layout))
+
+
+def max_pool2d(data: relay.Expr, shape: Sequence[int], geometry: PoolGeometry) -> relay.Expr:
+    """Max pooling of float32 images of this shape (N, C, H, W); see max_pool.py."""
+    return call(MAX_POOL, [data], shape=tuple(shape), **asdict(geometry))
 
 
 def why_not_direct(geometry: ConvGeometry, target: tvm.target.Target | str | None = None) -> str | None:
@@ -289,6 +299,16 @@ register(
     _images_in_tiles,
     _image_shape,
     lambda attrs, inputs, target: from_tiles(inputs[0], unpack(TileLayout, attrs)),
+    _as_it_is,
+    fusable=False,
+)
+register(
+    MAX_POOL,
+    "Max pooling.",
+    {"data": "images, NCHW"},
+    lambda attrs, data: plain(attrs["shape"]),
+    lambda attrs, data: (data[0], data[1], *unpack(PoolGeometry, attrs).out),
+    lambda attrs, inputs, target: max_pool2d_compute(inputs[0], unpack(PoolGeometry, attrs)),
     _as_it_is,
     fusable=False,
 )
