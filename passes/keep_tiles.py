@@ -166,10 +166,10 @@ class _Rewriter:
 
     def _on_tiles(self, images: Any, make: Any) -> tuple[relay.Expr, TileLayout] | None:
         """The same on tiles, if all are there in one layout."""
-        found = [self.tiles.get(image) for image in images]
-        if not found or any(entry is None or entry[1] != found[0][1] for entry in found):
+        if not all(image in self.tiles for image in images):
             return None
-        return make([tiles for tiles, _ in found]), found[0][1]
+        tiles, layouts = zip(*(self.tiles[image] for image in images), strict=True)
+        return (make(list(tiles)), layouts[0]) if len(set(layouts)) == 1 else None
 
 
 def _operands(node: relay.Expr) -> list[relay.Expr]:

@@ -15,6 +15,7 @@ _FLOAT = 4  # bytes
 class Cpu(Protocol):
     """The part of targets.CpuFacts used here."""
 
+    def __hash__(self) -> int: ...
     @property
     def lanes(self) -> int: ...
     @property
