@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import tvm
 
-from ..schedules.blocking import direct_blocking, direct_panel
+from ..schedules.direct_plan import direct_plan
 from ..schedules.geometry import ConvGeometry
 from ..schedules.targets import CpuFacts, cpu_facts
 from ..schedules.winograd_plan import winograd_plan
@@ -257,15 +257,14 @@ def _dense_counts(geometry: ConvGeometry, cpu: CpuFacts) -> dict[str, float]:
 
 @lru_cache(maxsize=4096)
 def _direct_work(geometry: ConvGeometry, cpu: CpuFacts) -> _Work:
-    layout = direct_blocking(geometry, cpu)
-    panel = direct_panel(layout, cpu)
-    blocks = geometry.batch * layout.blocks[0] * layout.blocks[1]
-    packed = blocks * geometry.in_channels * layout.channel_size
+    plan = direct_plan(geometry, cpu)
+    blocks = geometry.batch * plan.blocks[0] * plan.blocks[1]
+    packed = blocks * geometry.in_channels * plan.channel_rows * plan.cols
     outputs = geometry.batch * geometry.out_channels * geometry.out_height * geometry.out_width
     return _Work(
-        panels=blocks * -(-layout.flat_positions // panel),
-        panel_vectors=panel // cpu.lanes,
-        rows=geometry.out_channels,
+        panels=blocks,
+        panel_vectors=plan.vectors,
+        rows=geometry.out_channels * plan.channel_blocks,
         packed=packed,
         inputs=packed,
         outputs=outputs,

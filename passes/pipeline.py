@@ -10,6 +10,7 @@ from tvm import relay
 
 from ..schedules.targets import why_not_target
 from ..schedules.winograd import TILES
+from .absorb_epilogues import AbsorbEpilogues
 from .bind_parameters import BindParameters
 from .choose_kernels import DOMAINS, ChooseKernels
 from .collect_convolutions import CollectConvolutions
@@ -82,6 +83,7 @@ def sparsify(
         RewriteConvolutions(worklist, device),
         BindParameters(params),
         relay.transform.FoldConstant(),
+        AbsorbEpilogues(),
         KeepTiles(),
         # Phase 5. What lies between them.
         *([] if domain == "dense" else [RewritePooling(device)]),

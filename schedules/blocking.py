@@ -6,11 +6,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
-from .geometry import ConvGeometry
-from .layouts import PhaseLayout, direct_layout
-
-_FLOAT = 4  # bytes
-
 
 class Cpu(Protocol):
     """The part of targets.CpuFacts used here."""
@@ -19,38 +14,7 @@ class Cpu(Protocol):
     @property
     def lanes(self) -> int: ...
     @property
-    def l2(self) -> int: ...
-    @property
     def accumulators(self) -> int: ...
-
-
-@cache
-def direct_blocking(geometry: ConvGeometry, cpu: Cpu) -> PhaseLayout:
-    """The fewest blocks whose packed input takes at most half of L2; at least 4 rows where rows can be split."""
-
-    def fits(layout: PhaseLayout) -> bool:
-        return geometry.in_channels * layout.channel_size * _FLOAT <= cpu.l2 // 2
-
-    least_rows = min(4, geometry.out_height)
-    rows, cols = geometry.out_height, geometry.out_width
-    while rows > least_rows and not fits(direct_layout(geometry, rows, cols)):
-        rows = max(least_rows, -(-rows // 2))
-    while cols > 4 * cpu.lanes and not fits(direct_layout(geometry, rows, cols)):
-        cols = max(4 * cpu.lanes, -(-cols // 2))
-    return direct_layout(geometry, rows, cols)
-
-
-def direct_panel(layout: PhaseLayout, cpu: Cpu) -> int:
-    """Output pixels to accumulate at once: the fewest panels, evenly filled."""
-    vectors = -(-layout.flat_positions // cpu.lanes)
-    panels = -(-vectors // cpu.accumulators)
-    return -(-vectors // panels) * cpu.lanes
-
-
-def extra_channels(layout: PhaseLayout, panel: int) -> int:
-    """Channels of zeros to pack for what the last panel of the last channel reads beyond its planes."""
-    panels = -(-layout.flat_positions // panel)
-    return -(-(panels * panel - layout.flat_positions) // layout.channel_size)
 
 
 @dataclass(frozen=True)

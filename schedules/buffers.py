@@ -1,4 +1,4 @@
-"""How large the buffers of a kernel are, as cpu.py schedules it. TVM counts their elements in 32 bits, unchecked.
+"""How large the buffers of a kernel are. TVM counts their elements in 32 bits, unchecked.
 
 Left out are the buffers of a single channel or row, which are never the largest.
 """
@@ -8,10 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .blocking import extra_channels
-from .cpu import blocks_in_parallel
+from .direct_plan import DirectPlan
 from .geometry import ConvGeometry
-from .layouts import PhaseLayout
 from .sparse_winograd import SKEW
 from .winograd_plan import WinogradPlan
 
@@ -37,10 +35,9 @@ def argument_buffers(geometry: ConvGeometry, taps: int) -> dict[str, int]:
     }
 
 
-def direct_buffers(geometry: ConvGeometry, layout: PhaseLayout, panel: int) -> dict[str, int]:
+def direct_buffers(plan: DirectPlan) -> dict[str, int]:
     """Elements of what sparse direct convolution keeps in between."""
-    channels = geometry.in_channels + extra_channels(layout, panel)
-    return {"packed input": _blocks_at_once(geometry, layout) * channels * layout.channel_size}
+    return {"packed input": plan.planes_size, "sums": plan.geometry.out_channels * plan.rows * plan.cols}
 
 
 def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:
@@ -52,9 +49,3 @@ def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:
         "transformed input": plan.positions * (geometry.in_channels * tiles + SKEW),
         "products": plan.positions * (geometry.out_channels * tiles + SKEW),
     }
-
-
-def _blocks_at_once(geometry: ConvGeometry, layout: PhaseLayout) -> int:
-    """Blocks in one buffer: each has its own when they run in parallel."""
-    down, across = layout.blocks
-    return 1 if blocks_in_parallel(geometry.batch, layout) else geometry.batch * down * across

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from .direct_plan import DirectPlan
 from .geometry import ConvGeometry
-from .layouts import PhaseLayout
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,27 @@ class SparseRows:
     group: int = 1
 
 
-def pack_direct(weight: NDArray[np.floating], geometry: ConvGeometry, layout: PhaseLayout) -> SparseRows:
-    """Rows are output channels; an index is the offset of the tap in the packed planes of all channels of a block.
+def pack_direct(weight: NDArray[np.floating], plan: DirectPlan) -> SparseRows:
+    """Rows are (block of channels, output channel), the block first; an index is a row of the block's planes.
 
-    So the index is the offset into a padded image, as in SkimCaffe (Park et al., "Faster CNNs with direct sparse
+    So the index is an offset into a padded image, as in SkimCaffe (Park et al., "Faster CNNs with direct sparse
     convolutions and guided pruning", ICLR 2017), and stride, dilation, padding and groups cost nothing in the kernel.
 
     Args:
         weight: (K, C / groups, kh, kw).
     """
+    geometry = plan.geometry
     _check_shape(weight, geometry.weight_shape)
     out_channel, channel, row, col = np.nonzero(weight)
-    taps = np.array(
-        [
-            [layout.tap(r * geometry.dilation[0], c * geometry.dilation[1]) for c in range(geometry.kernel[1])]
-            for r in range(geometry.kernel[0])
-        ],
-        np.int64,
-    )
-    offsets = _whole_channel(geometry, out_channel, channel) * layout.channel_size + taps[row, col]
-    values = weight[out_channel, channel, row, col]
-    return _rows(values, offsets, np.bincount(out_channel, minlength=geometry.out_channels))
+    channel_block, within = np.divmod(_whole_channel(geometry, out_channel, channel), plan.channels)
+    taps = np.array([[plan.tap(r, c) for c in range(geometry.kernel[1])] for r in range(geometry.kernel[0])], np.int64)
+    offsets = within * plan.channel_rows + taps[row, col]
+    rows = channel_block * geometry.out_channels + out_channel
+    order = np.argsort(rows, kind="stable")
+    counts = np.bincount(rows, minlength=plan.channel_blocks * geometry.out_channels)
+    packed = _rows(weight[out_channel, channel, row, col][order], offsets[order], counts)
+    most = plan.channels * plan.channel_rows - 1
+    return replace(packed, indices=packed.indices.astype(np.min_scalar_type(most)))
 
 
 def pack_winograd(winograd_weight: NDArray[np.floating], geometry: ConvGeometry, group: int = 1) -> SparseRows:

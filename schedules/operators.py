@@ -17,13 +17,12 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relay, te
 
-from . import cpu, llvm_workaround
-from .blocking import direct_blocking, direct_panel
+from . import llvm_workaround
 from .buffers import argument_buffers, direct_buffers, why_too_large, winograd_buffers
+from .direct_plan import DirectPlan, direct_plan, in_one_row
 from .epilogues import Activation
 from .formats import SparseRows, pack_direct, pack_winograd
 from .geometry import ConvGeometry
-from .layouts import PhaseLayout, direct_layout
 from .max_pool import PoolGeometry
 from .max_pool import max_pool2d as max_pool2d_compute
 from .registration import call, plain, register, unpack
@@ -37,6 +36,7 @@ from .winograd_plan import WinogradPlan, winograd_plan
 
 __all__ = [
     "DIRECT",
+    "DIRECT_ADD",
     "FROM_TILES",
     "MAX_POOL",
     "TO_TILES",
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 DIRECT = "jointsparse.conv2d_sparse_direct"
+DIRECT_ADD = "jointsparse.conv2d_sparse_direct_add"
 WINOGRAD = "jointsparse.conv2d_sparse_winograd"
 WINOGRAD_ADD = "jointsparse.conv2d_sparse_winograd_add"
 TO_TILES = "jointsparse.to_tiles"
@@ -75,9 +76,11 @@ def conv2d_sparse_direct(
         ValueError: when the geometry is not supported (see why_not_direct) or does not fit the weight.
     """
     _refuse(why_not_direct(geometry, target))
-    layout = direct_blocking(geometry, cpu_facts(target))
-    rows = pack_direct(weight, geometry, layout)
-    return call(DIRECT, [data, *_constants(rows)], **asdict(geometry), block=(layout.rows, layout.cols))
+    plan = direct_plan(geometry, cpu_facts(target))
+    rows = pack_direct(weight.reshape(plan.geometry.weight_shape), plan)
+    bias = relay.const(np.zeros(geometry.out_channels, np.float32))
+    blocks = {name: getattr(plan, name) for name in _DIRECT_PLAN}
+    return call(DIRECT, [data, *_constants(rows), bias], **asdict(geometry), **asdict(Activation()), **blocks)
 
 
 def conv2d_sparse_winograd(
@@ -140,11 +143,8 @@ def why_not_direct(geometry: ConvGeometry, target: tvm.target.Target | str | Non
         target: decides the size of buffers (the current target, or plain llvm, when None).
     """
     kh, kw = geometry.kernel
-    facts = cpu_facts(target)
-    layout = direct_blocking(geometry, facts)
-    return why_too_large(
-        argument_buffers(geometry, kh * kw) | direct_buffers(geometry, layout, direct_panel(layout, facts))
-    )
+    plan = direct_plan(geometry, cpu_facts(target))
+    return why_too_large(argument_buffers(geometry, kh * kw) | direct_buffers(plan))
 
 
 def why_not_winograd(geometry: ConvGeometry, m: int, target: tvm.target.Target | str | None = None) -> str | None:
@@ -176,21 +176,29 @@ def _constants(rows: SparseRows) -> list[relay.Expr]:
     return [relay.const(array) for array in (rows.values, rows.indices, rows.indptr)]
 
 
-def _direct_layout(attrs: tvm.ir.Attrs) -> PhaseLayout:
-    rows, cols = (int(size) for size in attrs["block"])
-    return direct_layout(unpack(ConvGeometry, attrs), rows, cols)
+def direct_plan_of(attrs: tvm.ir.Attrs) -> DirectPlan:
+    """How a call of the direct operator computes, as decided when it was made."""
+    geometry = in_one_row(unpack(ConvGeometry, attrs))
+    return DirectPlan(geometry, **{name: int(attrs[name]) for name in _DIRECT_PLAN})
+
+
+_DIRECT_PLAN = ("lanes", "rows", "cols", "channels")
+"""Fields of a DirectPlan among the attributes."""
 
 
 def _compute_direct(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
-    data, values, indices, indptr = inputs
-    geometry, layout = unpack(ConvGeometry, attrs), _direct_layout(attrs)
-    panel = direct_panel(layout, cpu_facts(target))
-    _refuse(why_too_large(direct_buffers(geometry, layout, panel)))
-    return sparse_direct(data, values, indices, indptr, geometry, layout, panel)
-
-
-def _schedule_direct(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
-    return cpu.schedule_direct(outs, _direct_layout(attrs), target)
+    data, values, indices, indptr, bias, *residual = inputs
+    return sparse_direct(
+        data,
+        values,
+        indices,
+        indptr,
+        bias,
+        residual[0] if residual else None,
+        plan=direct_plan_of(attrs),
+        shape=unpack(ConvGeometry, attrs).out_shape,
+        activation=unpack(Activation, attrs),
+    )
 
 
 def winograd_plan_of(attrs: tvm.ir.Attrs) -> WinogradPlan:
@@ -250,38 +258,31 @@ _WEIGHTS = {
     "indices": "where the operand of each non-zero lies",
     "indptr": "start of each row",
 }
-_TILED = {"data": "input, in tile layout", **_WEIGHTS, "bias": "of each filter"}
+_CONVOLUTION = {"data": "input", **_WEIGHTS, "bias": "of each filter"}
+_WITH_RESIDUAL = {**_CONVOLUTION, "residual": "of the shape of the result"}
 
-register(
-    DIRECT,
-    "Sparse direct convolution.",
-    {"data": "input, NCHW", **_WEIGHTS},
-    _nchw,
-    lambda attrs, data: unpack(ConvGeometry, attrs).out_shape,
-    _compute_direct,
-    _schedule_direct,
-    fusable=True,
-)
-register(
-    WINOGRAD,
-    "Sparse Winograd convolution, bias and activation.",
-    _TILED,
-    _winograd_source,
-    _winograd_result,
-    _compute_winograd,
-    _as_it_is,
-    fusable=False,
-)
-register(
-    WINOGRAD_ADD,
-    "Sparse Winograd convolution, bias, residual and activation.",
-    {**_TILED, "residual": "of the shape of the result"},
-    _winograd_source,
-    _winograd_result,
-    _compute_winograd,
-    _as_it_is,
-    fusable=False,
-)
+for _name, _arguments in ((DIRECT, _CONVOLUTION), (DIRECT_ADD, _WITH_RESIDUAL)):
+    register(
+        _name,
+        "Sparse direct convolution of images NCHW, bias, residual and activation.",
+        _arguments,
+        _nchw,
+        lambda attrs, data: unpack(ConvGeometry, attrs).out_shape,
+        _compute_direct,
+        _as_it_is,
+        fusable=False,
+    )
+for _name, _arguments in ((WINOGRAD, _CONVOLUTION), (WINOGRAD_ADD, _WITH_RESIDUAL)):
+    register(
+        _name,
+        "Sparse Winograd convolution of images in tile layout, bias, residual and activation.",
+        _arguments,
+        _winograd_source,
+        _winograd_result,
+        _compute_winograd,
+        _as_it_is,
+        fusable=False,
+    )
 register(
     TO_TILES,
     "Images into tile layout.",

@@ -1,0 +1,123 @@
+"""How a sparse direct convolution is computed: planes of the input, blocks of the output, blocks of channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+
+from .blocking import Cpu
+from .geometry import ConvGeometry
+
+_VECTORS = 7
+"""Most vectors of outputs accumulated at a time; more would not be read from L1."""
+
+_CHANNELS = 16
+"""Input channels whose planes are to stay in L1 while all filters go over them."""
+
+
+@dataclass(frozen=True)
+class DirectPlan:
+    """All that the kernel is made from, weights apart.
+
+    For every column of the filter each channel has a *plane* of its own, for every row of the filter modulo the stride
+    one more: a plane's rows are as wide as a block of outputs, and what neighbouring outputs read lies side by side
+    and, where a row is whole vectors, aligned. A filter tap is then a row of a plane, numbered through all channels.
+
+    Attributes:
+        geometry: of the convolution; of one with 1x1 filters that reads every pixel, with all pixels in one row.
+        lanes: of a vector.
+        rows, cols: outputs of a block, down and across. Rows of planes are `cols` long.
+        channels: input channels of a block of channels.
+    """
+
+    geometry: ConvGeometry
+    lanes: int
+    rows: int
+    cols: int
+    channels: int
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Blocks of an image (down, across)."""
+        return -(-self.geometry.out_height // self.rows), -(-self.geometry.out_width // self.cols)
+
+    @property
+    def vectors(self) -> int:
+        """Of a block."""
+        return self.rows * self.cols // self.lanes
+
+    @property
+    def channel_blocks(self) -> int:
+        return -(-self.geometry.in_channels // self.channels)
+
+    @cached_property
+    def phases(self) -> tuple[int, ...]:
+        """Rows of the filter modulo the stride."""
+        return tuple(sorted({row % self.geometry.strides[0] for row in self._filter_rows}))
+
+    @property
+    def plane_rows(self) -> int:
+        return self.rows + max(self._filter_rows) // self.geometry.strides[0]
+
+    @property
+    def channel_rows(self) -> int:
+        """Rows of all planes of a channel; one more where channels would lie a multiple of 4 KiB apart."""
+        rows = self.geometry.kernel[1] * len(self.phases) * self.plane_rows
+        return rows + 1 if rows * self.cols % 1024 == 0 else rows
+
+    @property
+    def planes_size(self) -> int:
+        """Elements of all planes of a block, and of what the last vector reads beyond."""
+        return self.geometry.in_channels * self.channel_rows * self.cols + self.lanes
+
+    def plane_row(self, col: int, phase: int) -> int:
+        """First row of a plane, in its channel: column of the filter, index into `phases`."""
+        return (col * len(self.phases) + phase) * self.plane_rows
+
+    def tap(self, row: int, col: int) -> int:
+        """Row, in its channel, that a tap of the filter reads for the first output of a block."""
+        down = row * self.geometry.dilation[0]
+        stride = self.geometry.strides[0]
+        return self.plane_row(col, self.phases.index(down % stride)) + down // stride
+
+    @property
+    def _filter_rows(self) -> range:
+        height, _ = self.geometry.kernel
+        return range(0, height * self.geometry.dilation[0], self.geometry.dilation[0])
+
+
+@cache
+def direct_plan(geometry: ConvGeometry, cpu: Cpu) -> DirectPlan:
+    """The plan for a CPU: blocks of so many rows or columns that their sums stay in registers."""
+    lanes, most = cpu.lanes, max(1, min(_VECTORS, cpu.accumulators // 2))
+    shape = in_one_row(geometry)
+    if shape.out_width < lanes:
+        cols = 1 << (shape.out_width - 1).bit_length()
+        step = max(1, lanes // cols)
+    else:
+        across = -(-shape.out_width // (most * lanes))
+        cols, step = _up(-(-shape.out_width // across), lanes), 1
+    fitting = max(step, most * lanes // cols // step * step)
+    down = -(-shape.out_height // fitting)
+    rows = _up(-(-shape.out_height // down), step)
+    return DirectPlan(shape, lanes, rows, cols, _channels(shape))
+
+
+def in_one_row(geometry: ConvGeometry) -> ConvGeometry:
+    """The same convolution with the whole image in one row, where a filter sees one pixel and none is left out."""
+    if geometry.kernel != (1, 1) or geometry.strides != (1, 1) or any(geometry.padding):
+        return geometry
+    return replace(geometry, in_height=1, in_width=geometry.in_height * geometry.in_width)
+
+
+def _channels(geometry: ConvGeometry) -> int:
+    """Of a block: whole groups, if there are any, and equally many in all blocks."""
+    if geometry.groups == 1:
+        return min(_CHANNELS, geometry.in_channels)
+    of_group = geometry.in_channels // geometry.groups
+    together = [g for g in range(1, geometry.groups + 1) if geometry.groups % g == 0 and g * of_group <= _CHANNELS]
+    return of_group * max(together, default=1)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
