@@ -38,9 +38,7 @@ class _Rewriter(DFPatternCallback):
 
     def callback(self, pre: relay.Call, post: relay.Call, _: tvm.ir.container.Map) -> relay.Expr:
         attrs = pre.attrs
-        pool, strides, dilation = (
-            tuple(int(s) for s in sizes) for sizes in (attrs.pool_size, attrs.strides, attrs.dilation)
-        )
+        pool, strides, dilation = _pair(attrs.pool_size), _pair(attrs.strides), _pair(attrs.dilation)
         overlapping = pool[0] > strides[0] or pool[1] > strides[1]
         if attrs.layout != "NCHW" or attrs.out_layout not in ("", "NCHW") or dilation != (1, 1) or not overlapping:
             return post
@@ -56,3 +54,8 @@ def _float32_shape(expression: relay.Expr) -> tuple[int, ...] | None:
     if kind.dtype != "float32" or not all(isinstance(size, tvm.tir.IntImm) for size in kind.shape):
         return None
     return tuple(int(size) for size in kind.shape)
+
+
+def _pair(sizes: tvm.ir.Array) -> tuple[int, int]:
+    height, width = sizes
+    return int(height), int(width)

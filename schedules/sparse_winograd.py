@@ -11,9 +11,10 @@ margins of the layout have to be zeroed by whoever writes the image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import tvm
 from tvm import te, tir
@@ -57,7 +58,8 @@ def sparse_winograd(
     inputs = [data, values, indices, indptr, bias, *([] if residual is None else [residual])]
 
     def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
-        arguments = _Arguments(*ins[:5], ins[5] if residual is not None else None, outs[0])
+        data, values, indices, indptr, bias, *rest = ins
+        arguments = _Arguments(data, values, indices, indptr, bias, rest[0] if rest else None, outs[0])
         return _Kernel(arguments, plan, activation).emit()
 
     shape = plan.result.shape(plan.geometry.batch, plan.geometry.out_channels)
@@ -158,15 +160,15 @@ class _Kernel:
             place = code.let(self._place(self.source, block) + vector)
             target = code.let(c * tiles + vector)
 
-            def pixel(row: int, col: int) -> tir.PrimExpr:
+            def pixel(col: int, row: int) -> tir.PrimExpr:
                 plane, shift = self.source.locate(row - self.reach, col - self.reach)
                 return code.load(self.buffers.data, block.image, c, plane, place + shift)
 
             # A few rows at a time: all of them would not fit into the registers.
             for rows in row_groups(self.matrices.BT):
-                columns = [code.product(self.matrices.BT, lambda i, j=j: pixel(i, j), rows) for j in range(n)]
+                columns = [code.product(self.matrices.BT, partial(pixel, j), rows) for j in range(n)]
                 for u in rows:
-                    row = code.product(self.matrices.BT, lambda j, u=u, columns=columns: columns[j][u])
+                    row = code.product(self.matrices.BT, partial(_entry, columns, u))
                     for v in range(n):
                         code.store(inputs, row[v], (u * n + v) * stride + target)
 
@@ -204,12 +206,13 @@ class _Kernel:
         bias = code.keep(code.splat(self.buffers.bias[k]))
         with self._vectors(block) as vector:
             source = code.let(k * tiles + vector)
-            columns = [
-                code.product(self.matrices.AT, lambda u, v=v: code.load(products, (u * n + v) * stride + source))
-                for v in range(n)
-            ]
+
+            def at_position(v: int, u: int) -> tir.PrimExpr:
+                return code.load(products, (u * n + v) * stride + source)
+
+            columns = [code.product(self.matrices.AT, partial(at_position, v)) for v in range(n)]
             for i in range(self.result.m):
-                row = code.product(self.matrices.AT, lambda v, i=i: columns[v][i])
+                row = code.product(self.matrices.AT, partial(_entry, columns, i))
                 for j in range(self.result.m):
                     self._store_pixel(block, k, vector, (i, j), row[j] + bias, (rows, cols))
 
@@ -300,6 +303,10 @@ def blocks_in_parallel(batch: int, blocking: WinogradBlocking) -> bool:
 
 
 _PARALLEL_BLOCKS = 4
+
+
+def _entry(columns: Sequence[Mapping[int, tir.PrimExpr]], row: int, column: int) -> tir.PrimExpr:
+    return columns[column][row]
 
 
 def row_groups(matrix: Matrix) -> list[tuple[int, ...]]:
