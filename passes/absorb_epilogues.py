@@ -74,9 +74,10 @@ class _Rewriter(Rewriter):
         return None
 
     def _with_residual(self, call: relay.Call) -> relay.Call | None:
-        for node, other in _either_way(call, "add"):
-            convolution = self.open.get(node)
-            if convolution is None or not is_call(convolution, *_ADDING) or node.checked_type != other.checked_type:
+        pairs = [(self.open[node], node, other) for node, other in _either_way(call, "add") if node in self.open]
+        # Winograd first: its result stays in tiles, and is likely to be read there.
+        for convolution, node, other in sorted(pairs, key=lambda pair: not is_call(pair[0], WINOGRAD)):
+            if not is_call(convolution, *_ADDING) or node.checked_type != other.checked_type:
                 continue
             residual = self.value(other)
             if is_call(convolution, WINOGRAD):

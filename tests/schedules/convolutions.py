@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tvm import relay
 from tvm.contrib import graph_executor
 
+from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
 from jointsparse.passes.keep_tiles import KeepTiles
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd
@@ -213,8 +214,8 @@ def run_module(library: tvm.runtime.Module, cases: Sequence[Case]) -> list[NDArr
 
 
 def check(cases: Sequence[Case], target: str, opt_level: int = 3) -> None:
-    """Build all in one library and compare each with the reference; Winograd absorbs what it can."""
-    mod = KeepTiles()(module_of(cases, target))
+    """Build all in one library and compare each with the reference; kernels absorb what they can."""
+    mod = KeepTiles()(AbsorbEpilogues()(module_of(cases, target)))
     with tvm.transform.PassContext(opt_level=opt_level):
         library = relay.build(mod, target)
     for case, result in zip(cases, run_module(library, cases), strict=True):

@@ -8,15 +8,14 @@ import pytest
 import tvm
 from tvm import te
 
-from jointsparse.schedules import cpu
-from jointsparse.schedules.blocking import direct_blocking, direct_panel
 from jointsparse.schedules.buffers import argument_buffers, direct_buffers, why_too_large, winograd_buffers
+from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.epilogues import Activation
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import why_not_direct, why_not_winograd
 from jointsparse.schedules.sparse_direct import sparse_direct
 from jointsparse.schedules.sparse_winograd import sparse_winograd
-from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.targets import STACK_BYTES, cpu_facts
 from jointsparse.schedules.winograd_plan import winograd_plan
 
 GEOMETRIES = {
@@ -57,15 +56,15 @@ def allocated(schedule: te.Schedule, tensors: list[te.Tensor]) -> dict[str, int]
 @each_target
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_direct_buffers_are_those_of_the_code(geometry: ConvGeometry, target: str) -> None:
-    facts = cpu_facts(target)
-    layout = direct_blocking(geometry, facts)
-    panel = direct_panel(layout, facts)
+    plan = direct_plan(geometry, cpu_facts(target))
     shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
-    inputs = arguments(shape, geometry.out_channels)
-    result = sparse_direct(*inputs, geometry, layout, panel)
-    sizes = allocated(cpu.schedule_direct([result], layout, tvm.target.Target(target)), [*inputs, result])
-    assert direct_buffers(geometry, layout, panel) == {"packed input": sizes["planes"]}
-    assert max(sizes.values()) == sizes["planes"]
+    inputs = arguments(shape, geometry.out_channels * plan.channel_blocks)
+    bias = te.placeholder((geometry.out_channels,), name="bias")
+    result = sparse_direct(*inputs, bias, None, plan=plan, shape=geometry.out_shape, activation=Activation())
+    sizes = allocated(te.create_schedule(result.op), [*inputs, bias, result])
+    assert direct_buffers(plan) == {"packed input": sizes["planes"], "sums": sizes["sums"]}
+    # Registers apart, which are small arrays.
+    assert max(sizes.values()) == max(sizes["planes"], sizes["sums"]) or 4 * max(sizes.values()) < STACK_BYTES
 
 
 @each_target
@@ -112,15 +111,17 @@ def test_the_last_size_that_fits() -> None:
 
 def test_buffers_in_between_beyond_32_bits_are_refused() -> None:
     """Input, output and weights are small here; what lies between is not."""
-    wide = ConvGeometry(1, 1, 1, 1, 1, (2, 2), padding=(0, 0, 40_000, 60_000), dilation=(40_000, 60_000))
-    assert "packed input of 4800200002 elements" in str(why_not_direct(wide))
+    tall = ConvGeometry(1, 30_000, 1, 1, 1, (2, 2), padding=(0, 0, 40_000, 1), dilation=(40_000, 1))
+    assert "packed input of 2400240004 elements" in str(why_not_direct(tall, "llvm"))
+    full = ConvGeometry(1, 1, 1, 1, 600_000_000, (1, 1))
+    assert "sums of 2400000000 elements" in str(why_not_direct(full, "llvm"))
     deep = ConvGeometry(1, 10_000_000, 1, 1, 1, (5, 5), padding=(2, 2, 2, 2))
     assert "transformed input of 2560001024 elements" in str(why_not_winograd(deep, 4, "llvm"))
     deeper = ConvGeometry(1, 30_000_000, 1, 1, 1, (3, 3), padding=(1, 1, 1, 1))
     assert "input in tiles of 5760000000 elements" in str(why_not_winograd(deeper, 4, "llvm"))
     many = ConvGeometry(1, 1, 1, 1, 30_000_000, (3, 3), padding=(1, 1, 1, 1))
     assert "result in tiles of 5760000000 elements" in str(why_not_winograd(many, 4, "llvm"))
-    assert [why_not_direct(geometry) for geometry in (deep, deeper, many)] == [None] * 3
+    assert [why_not_direct(geometry, "llvm") for geometry in (deep, deeper, many)] == [None] * 3
 
 
 def test_a_large_image_that_is_computed_in_blocks_is_taken() -> None:

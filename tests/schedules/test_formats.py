@@ -1,19 +1,22 @@
-"""Geometry, layouts, blocking and the packed weights, without TVM."""
+"""Geometry, plans, blocking and the packed weights, without TVM."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointsparse.schedules.blocking import WinogradBlocking, direct_blocking, direct_panel, winograd_blocking
+from numpy.typing import NDArray
+
+from jointsparse.schedules.blocking import WinogradBlocking, winograd_blocking
+from jointsparse.schedules.direct_plan import DirectPlan, direct_plan, in_one_row
 from jointsparse.schedules.formats import pack_direct, pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.layouts import direct_layout
 from jointsparse.schedules.winograd_plan import winograd_plan
+from tests import reference
 
 
 @dataclass(frozen=True)
@@ -48,45 +51,133 @@ def test_geometry() -> None:
     assert geometry.macs == 2 * 10 * 7 * 9 * 2 * 3 * 5
 
 
-@given(
+def planes_of(data: NDArray, plan: DirectPlan, down: int, across: int) -> NDArray:
+    """What a block reads of the images (C, H, W): (C, rows of a channel, columns), pixels outside the image zero."""
+    geometry = plan.geometry
+    planes = np.zeros((geometry.in_channels, plan.channel_rows, plan.cols))
+    for col in range(geometry.kernel[1]):
+        for number, phase in enumerate(plan.phases):
+            for row in range(plan.plane_rows):
+                y = (down * plan.rows + row) * geometry.strides[0] + phase - geometry.padding[0]
+                x = (across * plan.cols + np.arange(plan.cols)) * geometry.strides[1]
+                x += col * geometry.dilation[1] - geometry.padding[1]
+                inside = (x >= 0) & (x < geometry.in_width)
+                if 0 <= y < geometry.in_height:
+                    planes[:, plan.plane_row(col, number) + row, inside] = data[:, y, x[inside]]
+    return planes
+
+
+def convolve(data: NDArray, weight: NDArray, plan: DirectPlan) -> NDArray:
+    """By nothing but the stored numbers on flat planes, as the kernel does: (C, H, W) to (K, height, width)."""
+    geometry = plan.geometry
+    rows = pack_direct(weight, plan)
+    down, across = plan.blocks
+    size = plan.rows * plan.cols
+    out = np.zeros((geometry.out_channels, down, plan.rows, across, plan.cols))
+    for i, j in np.ndindex(down, across):
+        flat = planes_of(data, plan, i, j).reshape(-1)
+        sums = np.zeros((geometry.out_channels, size))
+        for block, k in np.ndindex(plan.channel_blocks, geometry.out_channels):
+            first = block * plan.channels * plan.channel_rows
+            row = block * geometry.out_channels + k
+            for e in range(rows.indptr[row], rows.indptr[row + 1]):
+                start = (first + int(rows.indices[e])) * plan.cols
+                sums[k] += rows.values[e] * flat[start : start + size]
+        out[:, i, :, j] = sums.reshape(-1, plan.rows, plan.cols)
+    image = out.reshape(geometry.out_channels, down * plan.rows, across * plan.cols)
+    return image[:, : geometry.out_height, : geometry.out_width]
+
+
+def check_plan(plan: DirectPlan, seed: int) -> None:
+    geometry, rng = plan.geometry, np.random.default_rng(seed)
+    weight = rng.standard_normal(geometry.weight_shape) * (rng.random(geometry.weight_shape) < 0.6)
+    data = rng.standard_normal((1, geometry.in_channels, geometry.in_height, geometry.in_width))
+    want = reference.conv2d(data, weight, geometry)
+    np.testing.assert_allclose(convolve(data[0], weight, plan)[None], want, atol=1e-5)
+
+
+DIRECT = st.builds(
+    lambda groups, kernel, strides, dilation, padding, height, width: ConvGeometry(
+        1,
+        groups * 2,
+        max(1, dilation[0] * (kernel[0] - 1) + 1 - padding[0] - padding[2]) + height,
+        max(1, dilation[1] * (kernel[1] - 1) + 1 - padding[1] - padding[3]) + width,
+        groups * 2,
+        kernel,
+        strides,
+        padding,
+        dilation,
+        groups,
+    ),
+    groups=st.sampled_from([1, 1, 2, 3, 4]),
+    kernel=st.one_of(st.just((1, 1)), st.tuples(st.integers(1, 4), st.integers(1, 4))),
     strides=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    padding=st.one_of(st.just((0, 0, 0, 0)), st.tuples(*[st.integers(0, 3)] * 4)),
+    height=st.integers(0, 9),
+    width=st.integers(0, 40),
+)
+"""Small ones of every kind."""
+
+
+@given(geometry=DIRECT, lanes=st.sampled_from([1, 4, 8, 16]), seed=st.integers(0, 99))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_an_index_is_the_row_that_a_tap_reads(geometry: ConvGeometry, lanes: int, seed: int) -> None:
+    check_plan(direct_plan(geometry, Cpu(lanes=lanes)), seed)
+
+
+@given(
+    geometry=DIRECT,
+    rows=st.integers(1, 5),
+    cols=st.sampled_from([4, 8, 16]),
+    channels=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_any_blocks_give_the_same(geometry: ConvGeometry, rows: int, cols: int, channels: int, seed: int) -> None:
+    """Not only those that are chosen."""
+    if geometry.groups > 1:
+        channels *= geometry.in_channels // geometry.groups
+        channels = channels if geometry.in_channels % channels == 0 else geometry.in_channels
+    check_plan(DirectPlan(geometry, 4, rows, cols, channels), seed)
+
+
+@given(geometry=DIRECT, lanes=st.sampled_from([1, 4, 8, 16]))
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_an_index_is_the_offset_of_the_pixel(
-    strides: tuple[int, int], dilation: tuple[int, int], kernel: tuple[int, int], seed: int
-) -> None:
-    """Direct convolution by nothing but the stored numbers on flat planes."""
-    rng = np.random.default_rng(seed)
-    geometry = ConvGeometry(1, 2, 17, 16, 3, kernel, strides, (0, 0, 0, 0), dilation)
-    weight = rng.standard_normal(geometry.weight_shape) * (rng.random(geometry.weight_shape) < 0.5)
-    layout = direct_layout(geometry, geometry.out_height, geometry.out_width)
-    data = rng.standard_normal((2, 17, 16))
-    planes = np.zeros((2, *layout.phases, *layout.plane))
-    for a in range(layout.phases[0]):
-        for b in range(layout.phases[1]):
-            plane = data[:, a :: strides[0], b :: strides[1]][:, : layout.plane[0], : layout.plane[1]]
-            planes[:, a, b, : plane.shape[1], : plane.shape[2]] = plane
-    rows = pack_direct(weight, geometry, layout)
-    flat, places = planes.reshape(-1), np.arange(layout.flat_positions)
-    for k in range(3):
-        entries = range(rows.indptr[k], rows.indptr[k + 1])
-        out = sum((rows.values[e] * flat[rows.indices[e] + places] for e in entries), np.zeros(len(places)))
-        grid = np.pad(out, (0, layout.halo[1])).reshape(-1, layout.plane[1])[:, : geometry.out_width]
-        want = sum(
-            weight[k, c, r, s]
-            * data[
-                c,
-                r * dilation[0] : r * dilation[0] + (geometry.out_height - 1) * strides[0] + 1 : strides[0],
-                s * dilation[1] : s * dilation[1] + (geometry.out_width - 1) * strides[1] + 1 : strides[1],
-            ]
-            for c in range(2)
-            for r in range(kernel[0])
-            for s in range(kernel[1])
-        )
-        np.testing.assert_allclose(grid, want, atol=1e-5)
+def test_planes_do_not_overlap(geometry: ConvGeometry, lanes: int) -> None:
+    plan = direct_plan(geometry, Cpu(lanes=lanes))
+    planes = [plan.plane_row(col, phase) for col in range(plan.geometry.kernel[1]) for phase in range(len(plan.phases))]
+    assert sorted(planes) == list(range(0, len(planes) * plan.plane_rows, plan.plane_rows))
+    assert len(planes) * plan.plane_rows <= plan.channel_rows
+    taps = {plan.tap(r, c) for r in range(plan.geometry.kernel[0]) for c in range(plan.geometry.kernel[1])}
+    assert len(taps) == plan.geometry.kernel[0] * plan.geometry.kernel[1]
+    assert all(tap % plan.plane_rows + plan.rows <= plan.plane_rows for tap in taps)
+
+
+def test_planes_of_channels_are_not_a_multiple_of_4_kib_apart() -> None:
+    """They would compete for the same lines of L1."""
+    plan = DirectPlan(ConvGeometry(1, 4, 64, 64, 4, (1, 1)), 8, 16, 64, 4)
+    assert plan.plane_rows * plan.cols * 4 == 4096
+    assert plan.channel_rows == plan.plane_rows + 1
+    check_plan(plan, 0)
+
+
+def test_an_image_in_one_row() -> None:
+    pixelwise = ConvGeometry(2, 3, 7, 9, 5, (1, 1))
+    assert in_one_row(pixelwise) == replace(pixelwise, in_height=1, in_width=63)
+    assert direct_plan(pixelwise, Cpu()).geometry == in_one_row(pixelwise)
+    for other in ({"strides": (1, 2)}, {"padding": (0, 0, 1, 0)}, {"kernel": (1, 3)}):
+        assert in_one_row(replace(pixelwise, **other)) == replace(pixelwise, **other)
+
+
+@given(width=st.integers(1, 15), height=st.integers(1, 40))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_below_the_length_of_a_vector_rows_share_vectors(width: int, height: int) -> None:
+    plan = direct_plan(ConvGeometry(1, 4, height + 2, width + 2, 4, (3, 3)), Cpu(lanes=16))
+    assert plan.blocks[1] == 1
+    assert width <= plan.cols < 2 * width
+    assert 16 % plan.cols == 0
+    assert plan.rows % (16 // plan.cols) == 0
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4])
@@ -127,7 +218,7 @@ def test_channels_are_stored_in_the_fewest_bytes(channels: int, dtype: str) -> N
 
 def test_all_zero_weights_have_storage_and_no_entries() -> None:
     geometry = ConvGeometry(1, 2, 9, 9, 4, (3, 3))
-    rows = pack_direct(np.zeros(geometry.weight_shape), geometry, direct_layout(geometry, 7, 7))
+    rows = pack_direct(np.zeros(geometry.weight_shape), direct_plan(geometry, Cpu()))
     for some in (rows, *(pack_winograd(np.zeros((4, 2, 6, 6)), geometry, group) for group in (1, 4))):
         assert len(some.values) == len(some.indices) > 0
         assert not some.indptr.any()
@@ -138,8 +229,46 @@ def test_storage_is_little_more_than_the_nonzeros(nonzeros: int) -> None:
     geometry = ConvGeometry(1, 512, 9, 9, 512, (1, 1))
     weight = np.zeros(geometry.weight_shape)
     weight.reshape(-1)[:nonzeros] = 1
-    rows = pack_direct(weight, geometry, direct_layout(geometry, 9, 9))
+    rows = pack_direct(weight, DirectPlan(geometry, 8, 9, 16, 512))
     assert nonzeros <= len(rows.values) <= max(16, nonzeros * 9 / 8)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(16, "uint8"), (17, "uint16"), (4096, "uint16"), (4097, "uint32")])
+def test_rows_of_planes_are_stored_in_the_fewest_bytes(channels: int, dtype: str) -> None:
+    """16 rows of planes to a channel."""
+    plan = DirectPlan(ConvGeometry(1, channels, 16, 8, 1, (1, 1), strides=(1, 2)), 4, 16, 4, channels)
+    assert plan.channel_rows == 16
+    weight = np.zeros(plan.geometry.weight_shape)
+    weight[0, -1] = 3
+    rows = pack_direct(weight, plan)
+    assert rows.indices.dtype == dtype
+    assert rows.indices[0] == (channels - 1) * 16
+    # It is the plan, not the weights, that decides: layers of one shape share a kernel.
+    assert pack_direct(np.zeros_like(weight), plan).indices.dtype == dtype
+
+
+@pytest.mark.parametrize(("groups", "channels"), [(1, 5), (1, 12), (3, 4), (3, 12)])
+def test_rows_are_blocks_of_channels_and_filters(groups: int, channels: int) -> None:
+    geometry = ConvGeometry(1, 12, 9, 9, 6, (3, 2), strides=(2, 1), groups=groups)
+    plan = DirectPlan(geometry, 4, 4, 8, channels)
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal(geometry.weight_shape) * (rng.random(geometry.weight_shape) < 0.3)
+    weight[1] = 0
+    rows = pack_direct(weight, plan)
+    assert len(rows.indptr) == plan.channel_blocks * 6 + 1
+    of_group = 12 // groups
+    for block, k in np.ndindex(plan.channel_blocks, 6):
+        row = block * 6 + k
+        entries = slice(rows.indptr[row], rows.indptr[row + 1])
+        want = {}
+        for c, r, s in zip(*np.nonzero(weight[k]), strict=True):
+            within = k // (6 // groups) * of_group + c - block * channels
+            if 0 <= within < channels:
+                want[within * plan.channel_rows + plan.tap(r, s)] = np.float32(weight[k, c, r, s])
+        assert dict(zip(rows.indices[entries], rows.values[entries], strict=True)) == want
+        assert (entries.start == entries.stop) == (not want)
+    assert np.count_nonzero(rows.values) == np.count_nonzero(weight)
+    assert not rows.values[rows.indptr[-1] :].any()
 
 
 SHAPES = st.builds(
@@ -153,15 +282,20 @@ SHAPES = st.builds(
 )
 
 
-@given(geometry=SHAPES, lanes=st.sampled_from([1, 4, 8, 16]))
+@given(geometry=SHAPES, lanes=st.sampled_from([1, 4, 8, 16]), groups=st.sampled_from([1, 1, 2, 4]))
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_direct_blocks_cover_the_output(geometry: ConvGeometry, lanes: int) -> None:
+def test_direct_blocks_cover_the_output(geometry: ConvGeometry, lanes: int, groups: int) -> None:
     cpu = Cpu(lanes=lanes)
-    layout = direct_blocking(geometry, cpu)
-    assert layout.blocks[0] * layout.rows >= geometry.out_height
-    assert layout.blocks[1] * layout.cols >= geometry.out_width
-    assert direct_panel(layout, cpu) % lanes == 0
-    assert direct_panel(layout, cpu) // lanes <= cpu.accumulators
+    channels = groups * geometry.in_channels
+    geometry = replace(geometry, in_channels=channels, out_channels=groups * geometry.out_channels, groups=groups)
+    plan = direct_plan(geometry, cpu)
+    assert (plan.blocks[0] - 1) * plan.rows < geometry.out_height <= plan.blocks[0] * plan.rows
+    assert (plan.blocks[1] - 1) * plan.cols < geometry.out_width <= plan.blocks[1] * plan.cols
+    assert plan.rows * plan.cols % lanes == 0
+    assert 1 <= plan.vectors <= cpu.accumulators
+    assert (plan.channel_blocks - 1) * plan.channels < channels <= plan.channel_blocks * plan.channels
+    # A block of channels is of whole groups.
+    assert groups == 1 or channels % plan.channels == plan.channels % (channels // groups) == 0
 
 
 @given(geometry=SHAPES, m=st.sampled_from([2, 4]), lanes=st.sampled_from([1, 4, 8, 16]))

@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 import tvm
 from numpy.typing import NDArray
-from tvm import relay, te, topi
+from tvm import relay
 from tvm.contrib import graph_executor
 
-from jointsparse.passes.keep_tiles import KeepTiles
-from jointsparse.schedules import cpu
-from jointsparse.schedules.blocking import direct_blocking, direct_panel
-from jointsparse.schedules.formats import pack_direct
+from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
+from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import (
     DIRECT,
@@ -30,7 +28,6 @@ from jointsparse.schedules.operators import (
     why_not_direct,
     why_not_winograd,
 )
-from jointsparse.schedules.sparse_direct import sparse_direct
 from jointsparse.schedules.targets import cpu_facts, why_not_target
 from jointsparse.schedules.tiles import TileLayout
 from jointsparse.schedules.winograd import transform
@@ -261,43 +258,27 @@ def test_whatever_follows(tile: int, name: str) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["transpose", "reshape", "broadcast"])
-def test_a_function_that_ends_in_another_shape(name: str) -> None:
-    """Relay does not fuse these, a caller of the schedule may."""
-    ends = {
-        "transpose": (lambda y: topi.transpose(y, (0, 2, 3, 1)), lambda y: y.transpose(0, 2, 3, 1)),
-        "reshape": (lambda y: topi.reshape(y, (6, 143)), lambda y: y.reshape(6, 143)),
-        "broadcast": (lambda y: topi.broadcast_to(y, (3, 6, 11, 13)), lambda y: np.repeat(y, 3, 0)),
-    }
-    target, facts, weight = tvm.target.Target(LLVM), cpu_facts(LLVM), weights(SMALL)
-    layout = direct_blocking(SMALL, facts)
-    rows = pack_direct(weight, SMALL, layout)
-    arrays = [data_of(SMALL), rows.values, rows.indices, rows.indptr]
-    inputs = [te.placeholder(a.shape, str(a.dtype), name=f"a{i}") for i, a in enumerate(arrays)]
-    with target:
-        plain = sparse_direct(*inputs, SMALL, layout, direct_panel(layout, facts))
-        result = ends[name][0](topi.nn.relu(plain))
-        schedule = cpu.schedule_direct([result], layout, target)
-        function = tvm.build(schedule, [*inputs, result], target)
-    want = ends[name][1](np.maximum(expected(data_of(SMALL), weight, SMALL, 0), 0))
-    out = tvm.nd.array(np.zeros(want.shape, np.float32))
-    function(*[tvm.nd.array(a) for a in arrays], out)
-    close(out.numpy(), want)
-
-
 @BOTH
 def test_bias_residual_and_activation_make_one_kernel(tile: int) -> None:
-    """For Winograd through KeepTiles, with conversions of data, residual and result."""
+    """Through AbsorbEpilogues; for Winograd with conversions of data, residual and result."""
     data, residual = data_of(SMALL), np.random.default_rng(2).standard_normal(SMALL.out_shape).astype(np.float32)
     x, r = relay.var("x", shape=data.shape), relay.var("r", shape=residual.shape)
     y = relay.nn.bias_add(sparse(x, weights(SMALL, tile), SMALL, tile), relay.const(np.ones(6, np.float32)))
     mod = tvm.IRModule.from_expr(relay.Function([x, r], relay.nn.relu(relay.add(y, r))))
-    library = build(KeepTiles()(mod))
+    library = build(AbsorbEpilogues()(mod))
     names = kernels(library)
     assert [name for name in names if "tiles" not in name] == [name for name in names if "conv2d" in name]
     assert len(names) == (4 if tile else 1)
     want = np.maximum(expected(data, weights(SMALL, tile), SMALL, tile) + 1 + residual, 0)
     close(run(library, x=data, r=residual), want)
+
+
+@BOTH
+def test_relay_fuses_nothing_into_it(tile: int) -> None:
+    """What is not absorbed is a kernel of its own."""
+    names = kernels(build(module(SMALL, lambda y: relay.nn.relu(relay.tanh(y)), tile)))
+    assert [name for name in names if "tanh" in name] == ["tvmgen_default_fused_tanh_nn_relu"]
+    assert len(names) == (4 if tile else 2)
 
 
 def test_two_convolutions_added() -> None:
@@ -437,7 +418,7 @@ def test_as_c_source(tile: int, tmp_path: Path) -> None:
     data = data_of(SMALL)
     x = relay.var("x", shape=data.shape)
     y = relay.nn.relu(sparse(x, weights(SMALL, tile), SMALL, tile, "c"))
-    library = build(KeepTiles()(tvm.IRModule.from_expr(relay.Function([x], y))), "c")
+    library = build(AbsorbEpilogues()(tvm.IRModule.from_expr(relay.Function([x], y))), "c")
     library.export_library(str(tmp_path / f"source{tile}.so"))
     library = tvm.runtime.load_module(str(tmp_path / f"source{tile}.so"))
     close(run(library, x=data), np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
@@ -497,7 +478,7 @@ def test_kernels_run_in_parallel(tile: int) -> None:
     ids=["rows", "columns", "both"],
 )
 def test_direct_in_blocks(geometry: ConvGeometry) -> None:
-    assert direct_blocking(geometry, cpu_facts(LLVM)).blocks != (1, 1)
+    assert direct_plan(geometry, cpu_facts(LLVM)).blocks != (1, 1)
     check_plain(geometry)
 
 

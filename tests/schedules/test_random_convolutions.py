@@ -10,7 +10,7 @@ import tvm
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from jointsparse.schedules.blocking import direct_blocking
+from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.winograd_plan import winograd_plan
@@ -96,5 +96,5 @@ def _blocks(case: Case, target: str) -> int:
     facts = cpu_facts(target)
     if case.tile:
         return winograd_plan(case.geometry, case.tile, facts).blocking.blocks
-    down, across = direct_blocking(case.geometry, facts).blocks
+    down, across = direct_plan(case.geometry, facts).blocks
     return down * across

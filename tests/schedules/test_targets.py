@@ -11,7 +11,7 @@ import pytest
 import tvm
 from tvm import relay
 
-from jointsparse.schedules.blocking import direct_blocking, direct_panel
+from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd
 from jointsparse.schedules.targets import _L1_KIB, _L2_KIB, STACK_BYTES, cpu_facts, why_not_target
@@ -124,7 +124,7 @@ def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile
         blocking = winograd_plan(geometry, tile, facts).blocking
         vectors, broadcasts = blocking.vectors, blocking.split
     else:
-        vectors, broadcasts = direct_panel(direct_blocking(geometry, facts), facts) // facts.lanes, 1
+        vectors, broadcasts = direct_plan(geometry, facts).vectors, 1
     multiply_add = re.compile(rf"vfmadd(?:132|231)ps\s+-?\d*\(%\w+(?:,%\w+(?:,\d)?)?\), %{register}\d+, %{register}\d+")
     inner = [
         loop
@@ -163,7 +163,7 @@ def test_formats_and_geometry_need_no_tvm() -> None:
     program = (
         "import sys\n"
         "from jointsparse.schedules import ConvGeometry, pack_winograd, transform\n"
-        "from jointsparse.schedules import blocking, layouts\n"
+        "from jointsparse.schedules import blocking, direct_plan, formats\n"
         "assert 'tvm' not in sys.modules and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
