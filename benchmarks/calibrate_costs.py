@@ -2,9 +2,10 @@
 
     python benchmarks/calibrate_costs.py [--target "llvm -mcpu=..."] [--json FILE | --fit FILE]
 
-Each kernel runs alone, as a library of one convolution with ReLU, on one thread; the figure is the least processor time
-of many runs, because whatever else the machine does only ever adds to it. The fit is by non-negative least squares of
-the relative error. It prints the coefficients for ``passes/costs.py`` and how far they are off on the layers measured.
+Each kernel runs alone, as a library of one convolution (Winograd's of images in tile layout already), on one thread;
+the figure is the least processor time of many runs, because whatever else the machine does only ever adds to it. The
+fit is by non-negative least squares of the relative error. It prints the coefficients for ``passes/costs.py`` and how
+far they are off on the layers measured.
 """
 
 from __future__ import annotations
@@ -27,10 +28,16 @@ from scipy.optimize import least_squares, nnls
 from tvm import relay
 from tvm.contrib import graph_executor
 
+from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
 from jointsparse.passes.costs import Coefficients, LinearCostModel, counts, family, kind
 from jointsparse.passes.plan import DENSE, DIRECT, TILE, WINOGRAD
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd, why_not_winograd
+from jointsparse.schedules.operators import (
+    conv2d_sparse_direct,
+    conv2d_sparse_winograd,
+    why_not_winograd,
+    winograd_plan_of,
+)
 from jointsparse.schedules.targets import cpu_facts
 
 # What each kind of kernel is charged for.
@@ -41,8 +48,8 @@ TERMS = {
     "depthwise": ("vectors", "inputs", "outputs", "fixed"),
     "direct": ("vectors", "touched", "entries", "rows", "packed", "outputs", "fixed"),
     "direct_1x1": ("vectors", "entries", "rows", "packed", "outputs", "fixed"),
-    "winograd_f2": ("vectors", "entries", "far_entries", "rows", "packed", "inputs", "outputs", "fixed"),
-    "winograd_f4": ("vectors", "entries", "far_entries", "rows", "packed", "inputs", "outputs", "fixed"),
+    "winograd_f2": ("vectors", "entries", "far_entries", "rows", "inputs", "outputs", "fixed"),
+    "winograd_f4": ("vectors", "entries", "far_entries", "rows", "inputs", "outputs", "fixed"),
 }
 
 SPARSITIES = (0.0, 0.5, 0.8, 0.95)
@@ -121,12 +128,22 @@ def library(kernel: str, geometry: ConvGeometry, sparsity: float, target: tvm.ta
     elif kernel == DIRECT:
         body = conv2d_sparse_direct(data, weight, geometry, target)
     else:
-        body = conv2d_sparse_winograd(data, weight, geometry, TILE[kernel])
-    # As in a network: with the usual epilogue.
-    body = relay.nn.relu(body)
+        body, data_shape = in_tiles(conv2d_sparse_winograd(data, weight, geometry, TILE[kernel], target))
+    if kernel not in TILE:
+        # As in a network: with the usual epilogue.
+        body = relay.nn.relu(body)
     with tvm.transform.PassContext(opt_level=3):
-        built = relay.build(tvm.IRModule.from_expr(body), target=target)
+        built = relay.build(AbsorbEpilogues()(tvm.IRModule.from_expr(body)), target=target)
     return built, data_shape, weight.size if kernel == DENSE else int(np.count_nonzero(weight))
+
+
+def in_tiles(image: relay.Expr) -> tuple[relay.Expr, tuple[int, ...]]:
+    """A Winograd convolution without the conversions around it, which stay away in a network; shape of its data."""
+    convolution = image.args[0]
+    plan = winograd_plan_of(convolution.attrs)
+    shape = plan.source.shape(plan.geometry.batch, plan.geometry.in_channels)
+    arguments = [relay.var("x", shape=shape), *convolution.args[1:]]
+    return relay.Call(convolution.op, arguments, convolution.attrs), shape
 
 
 def seconds(built, data_shape: tuple[int, ...], repeat: int) -> float:
