@@ -11,9 +11,6 @@ from .geometry import ConvGeometry
 
 _FLOAT = 4  # bytes
 
-_L1_SHARE = 24 * 1024
-"""Bytes of L1 for the planes that all filters go over before the next channels come."""
-
 _NONZERO = 0.2
 """Share of weights for which blocks are chosen."""
 
@@ -109,15 +106,16 @@ def _candidates(geometry: ConvGeometry, cpu: Cpu) -> Iterator[DirectPlan]:
             # One row: more blocks across may be better than full registers.
             for parts in range(across, 3 * across + 1):
                 narrow = _up(-(-geometry.out_width // parts), lanes)
-                yield _plan(geometry, lanes, 1, narrow)
+                yield _plan(geometry, cpu, 1, narrow)
     for rows in range(step, max(step, most * lanes // cols // step * step) + 1, step):
         down = -(-geometry.out_height // rows)
-        yield _plan(geometry, lanes, _up(-(-geometry.out_height // down), step), cols)
+        yield _plan(geometry, cpu, _up(-(-geometry.out_height // down), step), cols)
 
 
-def _plan(geometry: ConvGeometry, lanes: int, rows: int, cols: int) -> DirectPlan:
-    plan = DirectPlan(geometry, lanes, rows, cols, 1)
-    return replace(plan, channels=_channels(geometry, _L1_SHARE // (plan.channel_rows * cols * _FLOAT)))
+def _plan(geometry: ConvGeometry, cpu: Cpu, rows: int, cols: int) -> DirectPlan:
+    """With channels whose planes take half of L1 while all filters go over them."""
+    plan = DirectPlan(geometry, cpu.lanes, rows, cols, 1)
+    return replace(plan, channels=_channels(geometry, cpu.l1 // 2 // (plan.channel_rows * cols * _FLOAT)))
 
 
 def _cycles(plan: DirectPlan) -> float:
