@@ -12,6 +12,7 @@ from .blocking import extra_channels
 from .cpu import blocks_in_parallel
 from .geometry import ConvGeometry
 from .layouts import PhaseLayout
+from .sparse_dense import DensePlan, image_block
 from .sparse_winograd import SKEW
 from .winograd_plan import WinogradPlan
 
@@ -34,6 +35,16 @@ def argument_buffers(geometry: ConvGeometry, taps: int) -> dict[str, int]:
         "input": geometry.batch * geometry.in_channels * pixels,
         "output": geometry.batch * geometry.out_channels * out_pixels,
         "weights": geometry.out_channels * (geometry.in_channels // geometry.groups) * taps,
+    }
+
+
+def dense_buffers(plan: DensePlan, lanes: int) -> dict[str, int]:
+    """Elements of what the sparse fully-connected layer keeps, between and in its arguments; groups filled up."""
+    images = plan.batch if plan.batch == 1 else image_block(plan.batch, lanes).images
+    return {
+        "input": -(-plan.batch // images) * images * plan.inputs,
+        "output": plan.batch * plan.outputs,
+        "weights": plan.outputs * -(-plan.inputs // plan.group) * plan.group,
     }
 
 

@@ -1,9 +1,10 @@
-"""The sparse convolutions as Relay expressions; importing this module registers their operators and readies LLVM.
+"""The sparse layers as Relay expressions; importing this module registers their operators and readies LLVM.
 
 ``jointsparse.conv2d_sparse_direct`` takes data and three constants (values, indices, indptr: SparseRows of formats.py)
 and is otherwise like ``nn.conv2d`` in NCHW, float32: what may follow a convolution is fused into it.
 ``jointsparse.conv2d_sparse_winograd`` works on images in tile layout, into and out of which ``jointsparse.to_tiles``
 and ``jointsparse.from_tiles`` bring them; it adds a bias, in its form ``..._add`` a residual as well, and activates.
+``jointsparse.dense_sparse`` is otherwise like ``nn.dense``.
 Attributes hold the whole geometry, so the type of the result follows from them.
 """
 
@@ -17,23 +18,25 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relay, te
 
-from . import cpu, llvm_workaround
+from . import cpu, cpu_dense, llvm_workaround
 from .blocking import direct_blocking, direct_panel
-from .buffers import argument_buffers, direct_buffers, why_too_large, winograd_buffers
+from .buffers import argument_buffers, dense_buffers, direct_buffers, why_too_large, winograd_buffers
 from .epilogues import Activation
-from .formats import SparseRows, pack_direct, pack_winograd
+from .formats import SparseRows, pack_dense, pack_direct, pack_winograd
 from .geometry import ConvGeometry
 from .layouts import PhaseLayout, direct_layout
 from .registration import call, plain, register, unpack
+from .sparse_dense import DensePlan, nonzero_group, sparse_dense
 from .sparse_direct import sparse_direct
 from .sparse_winograd import sparse_winograd
-from .targets import cpu_facts
+from .targets import cpu_facts, gathers_fast
 from .tile_conversions import from_tiles, to_tiles
 from .tiles import TileLayout
 from .winograd import KERNELS, TILES
 from .winograd_plan import WinogradPlan, winograd_plan
 
 __all__ = [
+    "DENSE_SPARSE",
     "DIRECT",
     "FROM_TILES",
     "TO_TILES",
@@ -41,6 +44,8 @@ __all__ = [
     "WINOGRAD_ADD",
     "conv2d_sparse_direct",
     "conv2d_sparse_winograd",
+    "dense_sparse",
+    "why_not_dense_sparse",
     "why_not_direct",
     "why_not_winograd",
 ]
@@ -50,6 +55,7 @@ WINOGRAD = "jointsparse.conv2d_sparse_winograd"
 WINOGRAD_ADD = "jointsparse.conv2d_sparse_winograd_add"
 TO_TILES = "jointsparse.to_tiles"
 FROM_TILES = "jointsparse.from_tiles"
+DENSE_SPARSE = "jointsparse.dense_sparse"
 
 
 def conv2d_sparse_direct(
@@ -111,6 +117,29 @@ def conv2d_sparse_winograd(
     return out_of_tiles(call(WINOGRAD, [tiles, *_constants(rows), bias], **attributes), plan.result)
 
 
+def dense_sparse(
+    data: relay.Expr,
+    weight: NDArray[np.floating],
+    batch: int,
+    target: tvm.target.Target | str | None = None,
+) -> relay.Expr:
+    """A sparse fully-connected layer.
+
+    Args:
+        data: (batch, C), float32.
+        weight: (K, C); its zeros cost nothing.
+        target: whose vectors decide how non-zeros are grouped (the current target, or plain llvm, when None). The
+            operator is right for every CPU.
+
+    Raises:
+        ValueError: when it is too large (see why_not_dense_sparse).
+    """
+    outputs, inputs = weight.shape
+    plan = _dense_plan(batch, inputs, outputs, target)
+    _refuse(why_too_large(dense_buffers(plan, cpu_facts(target).lanes)))
+    return call(DENSE_SPARSE, [data, *_constants(pack_dense(weight, plan.group))], **asdict(plan))
+
+
 def into_tiles(
     data: relay.Expr, shape: Sequence[int], layout: TileLayout, offset: tuple[int, int] = (0, 0)
 ) -> relay.Expr:
@@ -121,6 +150,17 @@ def into_tiles(
 def out_of_tiles(tiles: relay.Expr, layout: TileLayout) -> relay.Expr:
     """See tile_conversions.from_tiles."""
     return call(FROM_TILES, [tiles], **asdict(layout))
+
+
+def why_not_dense_sparse(
+    batch: int, inputs: int, outputs: int, target: tvm.target.Target | str | None = None
+) -> str | None:
+    """Why there is no sparse fully-connected layer of these sizes, or None if there is.
+
+    Args:
+        target: as for why_not_direct.
+    """
+    return why_too_large(dense_buffers(_dense_plan(batch, inputs, outputs, target), cpu_facts(target).lanes))
 
 
 def why_not_direct(geometry: ConvGeometry, target: tvm.target.Target | str | None = None) -> str | None:
@@ -164,6 +204,17 @@ def _refuse(reason: str | None) -> None:
 
 def _constants(rows: SparseRows) -> list[relay.Expr]:
     return [relay.const(array) for array in (rows.values, rows.indices, rows.indptr)]
+
+
+def _dense_plan(batch: int, inputs: int, outputs: int, target: tvm.target.Target | str | None) -> DensePlan:
+    return DensePlan(batch, inputs, outputs, nonzero_group(batch, cpu_facts(target).lanes))
+
+
+def _compute_dense(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
+    data, values, indices, indptr = inputs
+    plan, lanes = unpack(DensePlan, attrs), cpu_facts(target).lanes
+    _refuse(why_too_large(dense_buffers(plan, lanes)))
+    return sparse_dense(data, values, indices, indptr, plan, lanes, gather=gathers_fast(target))
 
 
 def _direct_layout(attrs: tvm.ir.Attrs) -> PhaseLayout:
@@ -250,6 +301,16 @@ register(
     lambda attrs, data: unpack(ConvGeometry, attrs).out_shape,
     _compute_direct,
     _schedule_direct,
+    fusable=True,
+)
+register(
+    DENSE_SPARSE,
+    "Sparse fully-connected layer.",
+    {"data": "input, (batch, inputs)", **_WEIGHTS},
+    lambda attrs, data: (int(attrs["batch"]), int(attrs["inputs"])),
+    lambda attrs, data: (int(attrs["batch"]), int(attrs["outputs"])),
+    _compute_dense,
+    lambda attrs, outs, target: cpu_dense.schedule_dense(outs, target),
     fusable=True,
 )
 register(
