@@ -17,6 +17,7 @@ import tvm
 
 from ..schedules.blocking import direct_blocking, direct_panel
 from ..schedules.geometry import ConvGeometry
+from ..schedules.sparse_dense import image_block
 from ..schedules.targets import CpuFacts, cpu_facts
 from ..schedules.winograd_plan import winograd_plan
 from .plan import DENSE, DIRECT, TILE
@@ -183,8 +184,11 @@ def _nearest(cpu: CpuFacts) -> tuple[str, ...]:
 def kind(kernel: str, geometry: ConvGeometry) -> str:
     """Key of the coefficients for a layer.
 
-    TVM has several dense convolutions, of very different speed; taps of a 1x1 filter never meet in L1.
+    TVM has several dense convolutions, of very different speed; taps of a 1x1 filter never meet in L1; fully-connected
+    layers (fc) have kernels of their own.
     """
+    if geometry.fully_connected:
+        return "dense_fc" if kernel == DENSE else "direct_fc"
     if kernel == DIRECT and geometry.kernel == (1, 1):
         return "direct_1x1"
     if kernel != DENSE:
@@ -202,10 +206,12 @@ def counts(kernel: str, geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts) ->
         brought into L1 that other taps of the filter then find there), ``entries`` (non-zeros read),
         ``far_entries`` (those of them that L2 cannot hold), ``rows`` (filter rows begun), ``packed`` (pixels packed),
         ``inputs`` and ``outputs`` (elements; for Winograd vectors of tile elements transformed), ``weights`` (dense,
-        elements read), ``fixed`` (1).
+        elements read), ``far_weights`` (those of them that L2 cannot hold), ``fixed`` (1).
     """
     if kernel == DENSE:
         return _dense_counts(geometry, cpu)
+    if geometry.fully_connected:
+        return _fully_connected_counts(geometry, nonzeros, cpu)
     work = _direct_work(geometry, cpu) if kernel == DIRECT else _winograd_work(geometry, TILE[kernel], cpu)
     return {
         "vectors": nonzeros * work.panels * work.panel_vectors,
@@ -229,6 +235,7 @@ def _planes_touched(geometry: ConvGeometry, nonzeros: int) -> float:
 
 # A value and an index.
 _ENTRY_BYTES = 8
+_NARROW_ENTRY_BYTES = 6
 
 
 @dataclass(frozen=True)
@@ -251,6 +258,25 @@ def _dense_counts(geometry: ConvGeometry, cpu: CpuFacts) -> dict[str, float]:
         "inputs": geometry.batch * geometry.in_channels * geometry.in_height * geometry.in_width,
         "outputs": pixels * out_channels,
         "weights": out_channels * channels * height * width,
+        "far_weights": max(0, out_channels * channels * height * width - cpu.l2 // 4),
+        "fixed": 1,
+    }
+
+
+def _fully_connected_counts(geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts) -> dict[str, float]:
+    """Vectors are of images: one image has none, there the non-zeros are the lanes."""
+    block = image_block(geometry.batch, cpu.lanes)
+    blocks = -(-geometry.batch // block.images)
+    several = geometry.batch > 1
+    return {
+        "vectors": nonzeros * blocks * block.vectors if several else 0,
+        "touched": 0,
+        "entries": nonzeros * blocks,
+        "far_entries": max(0, nonzeros - cpu.l2 // _NARROW_ENTRY_BYTES),
+        "rows": geometry.out_channels * blocks,
+        "packed": geometry.in_channels * blocks * block.images if several else 0,
+        "inputs": geometry.batch * geometry.in_channels,
+        "outputs": geometry.batch * geometry.out_channels,
         "fixed": 1,
     }
 

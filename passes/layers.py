@@ -15,7 +15,7 @@ from .plan import DENSE, DIRECT, TILE, LayerPlan, Plan
 
 @dataclass(frozen=True)
 class Weight:
-    """The constant filters of a convolution, (K, C / groups, kh, kw).
+    """The constant filters of a convolution, (K, C / groups, kh, kw); (K, C, 1, 1) of a fully-connected layer.
 
     Attributes:
         stored: as in the model's parameters; what a Winograd threshold of the file speaks of.
@@ -30,6 +30,9 @@ class Weight:
     @property
     def value(self) -> NDArray[np.float32]:
         """What the convolution multiplies by."""
+        if np.all(self.scale == 1):
+            # A fully-connected layer has hundreds of megabytes of them.
+            return self.stored.astype(np.float32, copy=False)
         return (self.stored * self.scale).astype(np.float32)
 
     def folded(self) -> Weight:

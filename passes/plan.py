@@ -16,14 +16,15 @@ JSON_VERSION = 1
 DENSE = "dense"
 DIRECT = "direct"
 WINOGRAD = {2: "winograd_f2", 4: "winograd_f4"}
-"""Kernel names: TVM's own convolution, sparse direct, and sparse Winograd by output tile size."""
+"""Kernel names: TVM's own, sparse direct (for a fully-connected layer, sparse dot products), and sparse
+Winograd by output tile size."""
 
 TILE = {name: tile for tile, name in WINOGRAD.items()}
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One convolution.
+    """One convolution or fully-connected layer.
 
     Attributes:
         name: the weight's parameter name without ``.weight``, else the importer's name of the node, else the operator
@@ -31,9 +32,10 @@ class LayerPlan:
         op: the Relay operator, for example ``nn.conv2d``.
         kernel: ``dense``, ``direct``, ``winograd_f2`` or ``winograd_f4``.
         reason: why this kernel; for a layer left alone, why it was.
-        input_shape, weight_shape, output_shape: N C H W and K C/g R S; None where a shape is not static.
+        input_shape, weight_shape, output_shape: N C H W and K C/g R S (N C, K C and N K of a fully-connected
+            layer); None where a shape is not static.
         strides, padding, dilation: two, four (top, left, bottom, right) and two numbers; None for other operators.
-        groups: 1 for an ordinary convolution, the number of channels for a depthwise one.
+        groups: 1 for an ordinary convolution and a fully-connected layer, the number of channels for a depthwise one.
         spatial_sparsity: share of zero weights in [0, 1]; None without weights at hand.
         winograd_sparsity: the same in the Winograd domain, by kernel name, for the tiles allowed.
         costs: predicted milliseconds of one run on one thread, by kernel name, for the kernels supported.
@@ -210,7 +212,7 @@ def _pair(numbers: tuple[int, int] | None) -> str:
 
 def _sum_line(plan: Plan) -> str:
     sparse = sum(layer.sparse for layer in plan.layers)
-    line = f"{sparse} of {len(plan.layers)} convolutions sparse, domain {plan.domain}, target {plan.target}"
+    line = f"{sparse} of {len(plan.layers)} layers sparse, domain {plan.domain}, target {plan.target}"
     if plan.cost is None:
         return line
     return f"{line}; predicted {milliseconds(plan.cost)} against {milliseconds(plan.dense_cost)} dense"

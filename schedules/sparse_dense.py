@@ -1,9 +1,10 @@
 """Sparse fully-connected layer: for every non-zero, its value times the input that it belongs to.
 
-``out[n, k] = sum over e of values[e] * data[n, indices[e]]``, e over the non-zeros of row k. A single image is bound by the weights, which come from memory once and are used once: a value and the narrowest index
-that reaches every input. So what counts is to keep up with memory: non-zeros come in groups whose sums do not depend on
-each other, and a group's operands are gathered where the CPU does that well, else loaded one by one. With more
-images the vectors run over images instead, from a transposed copy of the data.
+``out[n, k] = sum over e of values[e] * data[n, indices[e]]``, e over the non-zeros of row k. A single image is bound by
+the weights, which come from memory once and are used once: a value and the narrowest index that reaches every input.
+So what counts is to keep up with memory: non-zeros come in groups whose sums do not depend on each other, and the
+operands of a group are gathered where the CPU does that well, else loaded one by one. With more images the vectors run
+over images instead, from a transposed copy of the data.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ OUTPUT = "jointsparse.dense.output"
 
 GROUP = 8
 """Independent sums: what hides the latency of a multiply-add, and the lanes of a gather in AVX2."""
+
+_INSERTED = 4
+"""Lanes of a vector made of single loads: longer ones take more shuffles than they save multiply-adds."""
 
 _MOST_VECTORS = 8
 """Of images at a time."""
@@ -90,7 +94,8 @@ def sparse_dense(
         (batch, outputs).
     """
     if plan.batch == 1:
-        body = partial(_one_image, plan, min(lanes, plan.group), gather and plan.group == GROUP)
+        gather = gather and plan.group == GROUP
+        body = partial(_one_image, plan, GROUP if gather else min(lanes, plan.group, _INSERTED), gather)
     else:
         block = image_block(plan.batch, lanes)
         data = _columns(data, plan, block)
