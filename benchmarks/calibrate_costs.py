@@ -44,7 +44,7 @@ TERMS = {
     "dense_1x1": ("vectors", "inputs", "outputs", "weights", "fixed"),
     "dense_grouped": ("vectors", "inputs", "outputs", "weights", "fixed"),
     "depthwise": ("vectors", "inputs", "outputs", "fixed"),
-    "dense_fc": ("vectors", "inputs", "outputs", "weights", "far_weights", "fixed"),
+    "dense_fc": ("vectors", "ragged", "weights", "far_weights", "outputs", "fixed"),
     "direct": ("vectors", "touched", "entries", "rows", "packed", "outputs", "fixed"),
     "direct_1x1": ("vectors", "entries", "rows", "packed", "outputs", "fixed"),
     "direct_fc": ("vectors", "entries", "far_entries", "rows", "packed", "fixed"),
