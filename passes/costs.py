@@ -227,8 +227,8 @@ def counts(kernel: str, geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts) ->
         brought into L1 that other taps of the filter then find there), ``entries`` (non-zeros read),
         ``far_entries`` (those of them that L2 cannot hold), ``rows`` (filter rows begun), ``packed`` (pixels packed),
         ``inputs`` and ``outputs`` (elements; for Winograd vectors of tile elements transformed), ``weights`` (dense,
-        elements read), ``far_weights`` (those of them that L2 cannot hold), ``ragged`` (multiply-adds if TVM's nn.dense takes
-        output units by other than whole vectors), ``fixed`` (1).
+        elements read), ``far_weights`` (those of them that L2 cannot hold), ``ragged`` (multiply-adds, if TVM's
+        nn.dense takes output units by other than whole vectors), ``fixed`` (1).
     """
     if kernel == DENSE:
         return _dense_counts(geometry, cpu)

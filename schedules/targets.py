@@ -116,27 +116,24 @@ _L1_KIB = {
 }
 _DEFAULT_L1_KIB = 32
 
-# By -mcpu, CPUs that gather 8 elements faster than they load and insert them. Not among them: those before AVX2's
-# gather was made fast, those that microcode has since slowed down (Skylake to Tiger Lake), and AMD's.
-_GATHERS_FAST = {"alderlake", "raptorlake", "meteorlake", "sapphirerapids", "emeraldrapids", "graniterapids"}
-
 
 def cpu_facts(target: tvm.target.Target | str | None = None) -> CpuFacts:
     """Facts of a target's CPU; of the current target, or plain ``llvm``, when None."""
     resolved = _resolve(target)
     lanes, registers = _vector_unit(resolved)
-    name = _name(resolved)
+    name = str(resolved.attrs.get("mcpu", "")).replace("_", "-")
     l1, l2 = _L1_KIB.get(name, _DEFAULT_L1_KIB), _L2_KIB.get(name, _DEFAULT_L2_KIB)
     return CpuFacts(lanes, registers, 1024 * l1, 1024 * l2)
 
 
 def gathers_fast(target: tvm.target.Target | str | None = None) -> bool:
-    """Whether AVX2's gather is worth its while; of the current target, or plain ``llvm``, when None."""
+    """Whether AVX2's gather is worth its while, by LLVM's tables; of the current target, or plain ``llvm``, when None.
+
+    For a CPU whose microcode has slowed gathers down since, ``-mattr=-fast-gather`` says so.
+    """
     resolved = _resolve(target)
-    return (
-        resolved.kind.name == "llvm"
-        and _name(resolved) in _GATHERS_FAST
-        and bool(tvm.target.codegen.target_has_features(["avx2"], resolved))
+    return resolved.kind.name == "llvm" and bool(
+        tvm.target.codegen.target_has_features(["avx2", "fast-gather"], resolved)
     )
 
 
@@ -146,10 +143,6 @@ def why_not_target(target: tvm.target.Target | str) -> str | None:
     if "cpu" not in resolved.keys:
         return f"no sparse schedule for target kind {resolved.kind.name}"
     return None
-
-
-def _name(target: tvm.target.Target) -> str:
-    return str(target.attrs.get("mcpu", "")).replace("_", "-")
 
 
 def _resolve(target: tvm.target.Target | str | None) -> tvm.target.Target:

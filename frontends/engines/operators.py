@@ -180,8 +180,9 @@ def _expected(layer: Mapping[str, Any]) -> tuple[int, int, float]:
 
 
 def _dense_work(graph: _Graph, node: int) -> int | None:
-    """Multiply-adds of a fully-connected layer: its weights, the largest of its inputs, once for each row of data."""
+    """Multiply-adds of a dense fully-connected layer that no plan speaks of: its weights, the largest of its inputs,
+    once for each row of data."""
     name = graph.name(node)
-    if not _is_fully_connected(name):
+    if not _is_fully_connected(name) or _kernel(name) != DENSE:
         return None
     return max(size for _, size in graph.inputs(node)) * graph.shape(node)[0]
