@@ -1,4 +1,4 @@
-"""What the passes know of each convolution while they work; ``plan.py`` is what they tell."""
+"""What the passes know of each layer while they work; ``plan.py`` is what they tell."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Weight:
 
 @dataclass
 class Layer:
-    """One convolution; each pass fills in what it finds out.
+    """One convolution or fully-connected layer, which counts as one of a single pixel; each pass fills in what it finds.
 
     Attributes:
         name, op: as in LayerPlan.
-        call: the convolution itself, by which RewriteConvolutions knows it again (CollectConvolutions).
+        call: the layer itself, by which RewriteConvolutions knows it again (CollectConvolutions).
         input_shape, weight_shape, output_shape: where they are static.
         geometry, weight: None only where ``left_alone`` is set.
         spatial_sparsity: share of zero weights, where there are weights at hand.

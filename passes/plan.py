@@ -1,4 +1,4 @@
-"""What was decided for every convolution of a model, and why. Neither TVM nor torch is needed to read it."""
+"""What was decided for every layer of a model, and why. Neither TVM nor torch is needed to read it."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The convolutions of a model in the order in which they run.
+    """The convolutions and fully-connected layers of a model in the order in which they run.
 
     Attributes:
         target: the TVM target. domain: as asked of ``sparsify``.
-        layers: every convolution of the module, those left alone as well.
+        layers: every one of the module, those left alone as well.
         warnings: what the user should know beyond single layers, one line each.
     """
 
@@ -103,19 +103,19 @@ class Plan:
 
     @property
     def cost(self) -> float | None:
-        """Predicted milliseconds of the convolutions as chosen; None if nothing could be predicted."""
+        """Predicted milliseconds of the layers as chosen; None if nothing could be predicted."""
         return _total(self.layers, lambda layer: layer.kernel)
 
     @property
     def dense_cost(self) -> float | None:
-        """The same for the convolutions counted in ``cost``, all left dense."""
+        """The same for the layers counted in ``cost``, all left dense."""
         return _total(self.layers, lambda _: DENSE)
 
     def to_json(self) -> str:
         """The plan as JSON text: stable, documented, nothing that only Python can read.
 
         An object with ``format`` ("jointsparse.plan"), ``version`` (1), ``target``, ``domain``, ``cost_ms`` and
-        ``dense_cost_ms`` (numbers or null), ``warnings`` (strings) and ``layers``: one object a convolution, in order,
+        ``dense_cost_ms`` (numbers or null), ``warnings`` (strings) and ``layers``: one object a layer, in order,
         whose keys are the attributes of LayerPlan (costs in milliseconds; sparsities as shares in [0, 1]).
         A new version may add keys; a change to one of these raises ``version``.
         """
@@ -132,7 +132,7 @@ class Plan:
         return json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
 
     def __str__(self) -> str:
-        """A table for people, one line a convolution and a sum below; plain text, at most 160 columns.
+        """A table for people, one line a layer and a sum below; plain text, at most 160 columns.
 
         Then what predictions were borrowed from other CPUs, and the warnings.
         """

@@ -287,7 +287,7 @@ def test_operators_of_branches(tmp_path: Path) -> None:
     """TVM may run the branches of a residual block in another order than the plan's: sizes tell them apart."""
     torch.manual_seed(0)
     path = written(randomised(Residual()), (1, 3, 16, 16), tmp_path / "m.onnx")
-    sizes = {"stem": 8 * 3 * 9, "conv1": 8 * 8 * 9, "conv2": 16 * 8 * 9, "project": 16 * 8}
+    sizes = {"stem": 8 * 3 * 9, "conv1": 8 * 8 * 9, "conv2": 16 * 8 * 9, "project": 16 * 8, "fc": 16 * 10}
     orders = []
     for domain in ("dense", "spatial", "winograd"):
         plan = compile_model(path, "llvm", tmp_path / "m.tar", domain=domain)
@@ -300,7 +300,7 @@ def test_operators_of_branches(tmp_path: Path) -> None:
             assert set(found) == set(sizes)
             if domain == "dense":
                 weights = {name: max(operators._seen(graph, node)[2:]) for name, node in found.items()}
-                biases = {"stem": 8, "conv1": 8, "conv2": 16, "project": 16}
+                biases = {"stem": 8, "conv1": 8, "conv2": 16, "project": 16, "fc": 10}
                 assert weights == {name: size + biases[name] for name, size in sizes.items()}
             orders.append(sorted(found, key=found.__getitem__))
     # Sparse kernels run where the dense ones did.
