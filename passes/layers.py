@@ -54,7 +54,7 @@ class Weight:
 
 @dataclass
 class Layer:
-    """One convolution or fully-connected layer, which counts as one of a single pixel; each pass fills in what it finds.
+    """One convolution or fully-connected layer (which counts as one of a single pixel); each pass fills in its part.
 
     Attributes:
         name, op: as in LayerPlan.
