@@ -2,7 +2,7 @@
 
     python benchmarks/calibrate_costs.py [--target "llvm -mcpu=..."] [--json FILE | --fit FILE]
 
-Each kernel runs alone, as a library of one convolution (Winograd's of images in tile layout already), on one thread;
+Each kernel runs alone, as a library of one layer (Winograd's of images in tile layout already), on one thread;
 the figure is the least processor time of many runs, because whatever else the machine does only ever adds to it. The
 fit is by non-negative least squares of the relative error. It prints the coefficients for ``passes/costs.py`` and how
 far they are off on the layers measured.
@@ -35,6 +35,7 @@ from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import (
     conv2d_sparse_direct,
     conv2d_sparse_winograd,
+    dense_sparse,
     why_not_winograd,
     winograd_plan_of,
 )
@@ -46,8 +47,10 @@ TERMS = {
     "dense_1x1": ("vectors", "inputs", "outputs", "weights", "fixed"),
     "dense_grouped": ("vectors", "inputs", "outputs", "weights", "fixed"),
     "depthwise": ("vectors", "inputs", "outputs", "fixed"),
+    "dense_fc": ("vectors", "ragged", "weights", "far_weights", "outputs", "fixed"),
     "direct": ("vectors", "touched", "entries", "rows", "packed", "outputs", "fixed"),
     "direct_1x1": ("vectors", "entries", "rows", "packed", "outputs", "fixed"),
+    "direct_fc": ("vectors", "entries", "far_entries", "rows", "packed", "fixed"),
     "winograd_f2": ("vectors", "entries", "far_entries", "rows", "inputs", "outputs", "fixed"),
     "winograd_f4": ("vectors", "entries", "far_entries", "rows", "inputs", "outputs", "fixed"),
 }
@@ -61,6 +64,11 @@ def square(channels: int, filters: int, size: int, kernel: int = 3, stride: int 
     return ConvGeometry(
         1, channels, size, size, filters, (kernel, kernel), (stride, stride), (pad, pad, pad, pad), groups=groups
     )
+
+
+def fully_connected(inputs: int, outputs: int, batch: int = 1) -> ConvGeometry:
+    """A fully-connected layer."""
+    return ConvGeometry(batch, inputs, 1, 1, outputs, (1, 1))
 
 
 # Shapes of ResNet-18 and CIFAR ResNet, VGG, VDSR and CT-SRCNN, GoogLeNet, AlexNet and MobileNet.
@@ -100,11 +108,22 @@ LAYERS = (
     square(120, 120, 28, 5, groups=120),
     square(256, 256, 14, groups=256),
     square(512, 512, 14, groups=512),
+    fully_connected(9216, 4096),
+    fully_connected(4096, 4096),
+    fully_connected(4096, 1000),
+    fully_connected(1024, 1000),
+    fully_connected(512, 1000),
+    fully_connected(784, 300),
+    fully_connected(300, 100),
+    fully_connected(4096, 4096, 4),
+    fully_connected(512, 1000, 4),
+    fully_connected(784, 300, 16),
+    fully_connected(1024, 1024, 16),
 )
 
 
 def library(kernel: str, geometry: ConvGeometry, sparsity: float, target: tvm.target.Target):
-    """A build of one convolution, and how many weights it multiplies by."""
+    """A build of one layer, and how many weights it multiplies by."""
     rng = np.random.default_rng(0)
     shape = geometry.weight_shape
     if kernel in TILE:
@@ -113,8 +132,16 @@ def library(kernel: str, geometry: ConvGeometry, sparsity: float, target: tvm.ta
     weight = rng.standard_normal(shape).astype(np.float32)
     weight[rng.random(shape) < sparsity] = 0
     data_shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
+    if geometry.fully_connected:
+        data_shape = data_shape[:2]
     data = relay.var("x", shape=data_shape)
-    if kernel == DENSE:
+    if geometry.fully_connected:
+        matrix = weight[:, :, 0, 0]
+        if kernel == DENSE:
+            body = relay.nn.dense(data, relay.const(matrix))
+        else:
+            body = dense_sparse(data, matrix, geometry.batch, target)
+    elif kernel == DENSE:
         body = relay.nn.conv2d(
             data,
             relay.const(weight),

@@ -46,7 +46,7 @@ def compile_model(
         progress: told the name of each stage as it starts.
 
     Returns:
-        what was decided for every convolution.
+        what was decided for every convolution and fully-connected layer.
 
     Raises:
         InputError: for a bad model, target, compiler, log or output, and for what TVM cannot build.
@@ -65,12 +65,12 @@ def compile_model(
 
     from .. import passes
 
-    progress("choosing a kernel for every convolution")
+    progress("choosing a kernel for every layer")
     try:
         mod, params, plan = passes.sparsify(mod, params, tvm_target, domain, winograd_sparsity=winograd_sparsity)
     except ValueError as error:  # options that contradict each other or the model's own thresholds
         raise InputError(f"{model}: {error}") from error
-    progress(f"building {len(plan)} convolutions for {tvm_target}")
+    progress(f"building {len(plan)} layers for {tvm_target}")
     with _records(tuning_records) as config, tvm.transform.PassContext(opt_level=3, config=config):
         library = _build(mod, params, tvm_target, model)
     progress("linking")

@@ -1,4 +1,4 @@
-"""Relay to Relay: which convolutions become sparse, with which kernel, and why.
+"""Relay to Relay: which layers become sparse, with which kernel, and why.
 
 ``sparsify`` is the whole way (``pipeline.py`` reads as its table of contents); every pass in it is usable alone.
 """

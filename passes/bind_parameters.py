@@ -8,13 +8,13 @@ from typing import Any
 import tvm
 from tvm import relay
 
-from .convolutions import MAIN, find_convolutions
+from .convolutions import MAIN, find_convolutions, weight_parameter
 
 
 def convolution_weights(mod: tvm.IRModule) -> set[str]:
-    """Names of the parameters that convolutions of ``@main`` take as weights directly."""
-    calls = (found.call for found in find_convolutions(mod) if found.elsewhere is None)
-    return {call.args[1].name_hint for call in calls if len(call.args) > 1 and isinstance(call.args[1], relay.Var)}
+    """Names of the parameters that convolutions of ``@main`` take as weights."""
+    names = (weight_parameter(found.call) for found in find_convolutions(mod) if found.elsewhere is None)
+    return {name for name in names if name is not None}
 
 
 @tvm.transform.module_pass(opt_level=0, name="BindParameters")

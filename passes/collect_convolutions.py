@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +12,15 @@ from numpy.typing import NDArray
 from tvm import relay
 
 from ..schedules.geometry import ConvGeometry
+from ..schedules.operators import DENSE_SPARSE, why_not_dense_sparse, why_not_direct, why_not_winograd
 from ..schedules.operators import DIRECT as DIRECT_OPERATOR
 from ..schedules.operators import WINOGRAD as WINOGRAD_OPERATOR
-from ..schedules.operators import why_not_direct, why_not_winograd
 from ..schedules.targets import why_not_target
-from .convolutions import Convolution, find_convolutions
+from .convolutions import Convolution, find_convolutions, untransposed, weight_parameter
 from .layers import Layer, Weight, Worklist
 from .plan import DENSE, DIRECT, WINOGRAD
 
+_FULLY_CONNECTED = "nn.dense"
 _DYNAMIC = "dynamic shape: the sparse kernels are made for one size"
 
 
@@ -81,14 +83,13 @@ class _Collector:
     def _describe(self, layer: Layer, call: relay.Call) -> None:
         """The geometry, and which kernels take it."""
         try:
-            geometry = _geometry(call)
+            geometry = _dense_geometry(call) if layer.op == _FULLY_CONNECTED else _geometry(call)
         except ValueError as error:
             layer.left_alone = str(error)
             return
         assert layer.weight is not None
         layer.geometry, layer.weight = geometry, layer.weight.as_filters(geometry.weight_shape)
-        reasons = {DIRECT: why_not_direct(geometry, self.target)}
-        reasons |= {kernel: why_not_winograd(geometry, tile, self.target) for tile, kernel in WINOGRAD.items()}
+        reasons = _why_not_kernels(geometry, layer.op, self.target)
         layer.unsupported = {kernel: reason for kernel, reason in reasons.items() if reason is not None}
         if reasons.keys() == layer.unsupported.keys():
             layer.left_alone = layer.unsupported[DIRECT]
@@ -101,11 +102,28 @@ class _Collector:
         return free
 
 
+def _why_not_kernels(geometry: ConvGeometry, op: str, target: tvm.target.Target) -> dict[str, str | None]:
+    """By sparse kernel; None for one that is supported."""
+    if not geometry.fully_connected:
+        direct = why_not_direct(geometry, target)
+    else:
+        direct = why_not_dense_sparse(geometry.batch, geometry.in_channels, geometry.out_channels, target)
+    reasons = {DIRECT: direct}
+    for tile, kernel in WINOGRAD.items():
+        fully_connected = op == _FULLY_CONNECTED
+        reasons[kernel] = (
+            "a fully-connected layer is outside Winograd's reach"
+            if fully_connected
+            else why_not_winograd(geometry, tile, target)
+        )
+    return reasons
+
+
 def _name(call: relay.Call, weight: Weight | None) -> str | None:
     """The weight's name says most; a bound weight has none, then the importer's name of the node."""
     parameter = weight.parameter if weight is not None else None
-    if parameter is None and len(call.args) > 1 and isinstance(call.args[1], relay.Var):
-        parameter = call.args[1].name_hint
+    if parameter is None:
+        parameter = weight_parameter(call)
     if parameter is not None:
         return parameter.removesuffix(".weight").removesuffix("_weight")
     return call.span.source_name.name if isinstance(call.span, tvm.ir.Span) and call.span.source_name.name else None
@@ -115,14 +133,16 @@ def _sparse_already(found: Convolution) -> str:
     """The kernel of a sparse operator; dense for any other."""
     if found.op == WINOGRAD_OPERATOR:
         return WINOGRAD[int(found.call.attrs["tile"])]
-    return DIRECT if found.op == DIRECT_OPERATOR else DENSE
+    return DIRECT if found.op in (DIRECT_OPERATOR, DENSE_SPARSE) else DENSE
 
 
 def _why_not_operator(found: Convolution) -> str | None:
     if _sparse_already(found) != DENSE:
         return "sparse already"
+    if found.op == _FULLY_CONNECTED:
+        return None
     if found.op != "nn.conv2d":
-        return f"{found.op}: there are sparse kernels for nn.conv2d only"
+        return f"{found.op}: there are sparse kernels for nn.conv2d and nn.dense only"
     attrs = found.call.attrs
     if attrs.data_layout != "NCHW" or attrs.out_layout not in ("", "NCHW"):
         layout = attrs.data_layout if attrs.data_layout != "NCHW" else attrs.out_layout
@@ -175,6 +195,14 @@ def _geometry(call: relay.Call) -> ConvGeometry:
     )
 
 
+def _dense_geometry(call: relay.Call) -> ConvGeometry:
+    """Raises ValueError for a shape that is not static. All axes of the data but the last are the batch."""
+    shape, weight = _shape(call.args[0]), _shape(call.args[1])
+    if shape is None or weight is None:
+        raise ValueError(_DYNAMIC)
+    return ConvGeometry(math.prod(shape[:-1]), shape[-1], 1, 1, weight[0], (1, 1))
+
+
 def _two(numbers: Any) -> tuple[int, int]:
     first, last = int(numbers[0]), int(numbers[-1])
     return first, last
@@ -187,31 +215,48 @@ def _oihw(layout: str) -> tuple[int, int, int, int]:
 
 
 def _weight(call: relay.Call, op: str, params: Mapping[str, Any]) -> tuple[Weight | None, str | None]:
-    """The filters of an nn.conv2d, or why there are none.
+    """The filters of an nn.conv2d or nn.dense, or why there are none.
 
     In canonical form they are a constant or a named parameter, times the constants that BatchNorm left.
     """
-    if op != "nn.conv2d" or sorted(call.attrs.kernel_layout) != sorted("OIHW"):
+    axes = _filter_axes(call, op)
+    if axes is None:
         return None, None
-    expression, shape, scale = call.args[1], _shape(call.args[1]), np.ones((1, 1, 1, 1))
+    expression, shape = call.args[1], _shape(call.args[1])
+    scale = np.ones((1,) * len(axes))
     if shape is None:
         return None, _DYNAMIC
     while (factors := _constant_times(expression)) is not None:
         constant, expression = factors
         scale = scale * constant
-    name = expression.name_hint if isinstance(expression, relay.Var) else None
-    if isinstance(expression, relay.Constant):
-        stored = expression.data.numpy()
+    plain, transposed = untransposed(expression) if op == _FULLY_CONNECTED else (expression, False)
+    name = plain.name_hint if isinstance(plain, relay.Var) else None
+    if isinstance(plain, relay.Constant):
+        stored = plain.data.numpy()
     elif name is None:
         return None, "no weights at hand: they are computed at run time"
     elif name not in params:
         return None, f"no weights at hand: {name} is an input of the module; pass it in params"
     else:
         stored = _array(params[name])
-        if _shape(expression) not in (None, stored.shape):
-            raise ValueError(f"params[{name!r}] has shape {stored.shape}, the module wants {_shape(expression)}")
-    axes = _oihw(call.attrs.kernel_layout)
-    return Weight(_ordered(np.broadcast_to(stored, shape), axes), _ordered(scale, axes), name), None
+        if _shape(plain) not in (None, stored.shape):
+            raise ValueError(f"params[{name!r}] has shape {stored.shape}, the module wants {_shape(plain)}")
+    stored = np.broadcast_to(stored.T if transposed else stored, shape)
+    return Weight(_four(_ordered(stored, axes)), _four(_ordered(scale, axes)), name), None
+
+
+def _filter_axes(call: relay.Call, op: str) -> tuple[int, ...] | None:
+    """Where output and input channels, and height and width of a filter, are in a weight that can be read."""
+    if op == _FULLY_CONNECTED:
+        return 0, 1
+    if op != "nn.conv2d" or sorted(call.attrs.kernel_layout) != sorted("OIHW"):
+        return None
+    return _oihw(call.attrs.kernel_layout)
+
+
+def _four(array: NDArray[Any]) -> NDArray[Any]:
+    """With axes of length 1 for the filters of a fully-connected layer."""
+    return array.reshape(*array.shape, *(1,) * (4 - array.ndim))
 
 
 def _array(value: Any) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Where the convolutions of a module are."""
+"""Where the convolutions of a module are; a fully-connected layer counts as one, of a single pixel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import tvm
 from tvm import relay
 
 MAIN = "main"
+
+_FULLY_CONNECTED = {
+    "nn.dense",
+    "nn.contrib_dense_pack",
+    "nn.matmul",
+    "nn.sparse_dense",
+    "qnn.dense",
+    "jointsparse.dense_sparse",
+}
 
 
 @dataclass(frozen=True)
@@ -54,11 +63,30 @@ def _why_not_function(name: str, function: relay.Function) -> str | None:
 
 
 def is_convolution(call: relay.Call) -> bool:
-    """Whether this calls a convolution, of whatever dimension, data type or layout."""
+    """Whether this calls a convolution, of whatever dimension, data type or layout, or a fully-connected layer."""
     if not isinstance(call.op, tvm.ir.Op):
         return False
     name = call.op.name
-    return "conv" in name and not name.endswith(("weight_transform", "backward_weight"))
+    return name in _FULLY_CONNECTED or ("conv" in name and not name.endswith(("weight_transform", "backward_weight")))
+
+
+def weight_parameter(call: relay.Call) -> str | None:
+    """Name of the parameter that a convolution takes as its weight directly; of a fully-connected layer, also
+    transposed."""
+    if len(call.args) < 2:
+        return None
+    weight, transposed = untransposed(call.args[1])
+    if not isinstance(weight, relay.Var) or (transposed and call.op.name != "nn.dense"):
+        return None
+    return weight.name_hint
+
+
+def untransposed(matrix: relay.Expr) -> tuple[relay.Expr, bool]:
+    """What this is the transpose of and True, or itself and False."""
+    if not isinstance(matrix, relay.Call) or matrix.op != relay.op.get("transpose"):
+        return matrix, False
+    axes = [int(axis) for axis in matrix.attrs.axes] if matrix.attrs.axes is not None else [1, 0]
+    return (matrix.args[0], True) if axes == [1, 0] else (matrix, False)
 
 
 def _enclosed_calls(function: relay.Function) -> set[relay.Call]:

@@ -1,4 +1,4 @@
-"""What the passes know of each convolution while they work; ``plan.py`` is what they tell."""
+"""What the passes know of each layer while they work; ``plan.py`` is what they tell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .plan import DENSE, DIRECT, TILE, LayerPlan, Plan
 
 @dataclass(frozen=True)
 class Weight:
-    """The constant filters of a convolution, (K, C / groups, kh, kw).
+    """The constant filters of a convolution, (K, C / groups, kh, kw); (K, C, 1, 1) of a fully-connected layer.
 
     Attributes:
         stored: as in the model's parameters; what a Winograd threshold of the file speaks of.
@@ -30,6 +30,9 @@ class Weight:
     @property
     def value(self) -> NDArray[np.float32]:
         """What the convolution multiplies by."""
+        if np.all(self.scale == 1):
+            # A fully-connected layer has hundreds of megabytes of them.
+            return self.stored.astype(np.float32, copy=False)
         return (self.stored * self.scale).astype(np.float32)
 
     def folded(self) -> Weight:
@@ -51,11 +54,11 @@ class Weight:
 
 @dataclass
 class Layer:
-    """One convolution; each pass fills in what it finds out.
+    """One convolution or fully-connected layer (which counts as one of a single pixel); each pass fills in its part.
 
     Attributes:
         name, op: as in LayerPlan.
-        call: the convolution itself, by which RewriteConvolutions knows it again (CollectConvolutions).
+        call: the layer itself, by which RewriteConvolutions knows it again (CollectConvolutions).
         input_shape, weight_shape, output_shape: where they are static.
         geometry, weight: None only where ``left_alone`` is set.
         spatial_sparsity: share of zero weights, where there are weights at hand.

@@ -1,4 +1,4 @@
-"""The way from a model to a model with sparse convolutions, in numbered phases."""
+"""The way from a model to a model with sparse layers, in numbered phases."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sparsify(
     weighted: bool = True,
     cost_model: CostModel | None = None,
 ) -> tuple[tvm.IRModule, dict[str, Any], Plan]:
-    """Replace convolutions of ``mod["main"]`` by sparse ones where that is faster.
+    """Replace convolutions and fully-connected layers of ``mod["main"]`` by sparse ones where that is faster.
 
     The result is plain TVM: ``tvm.relay.build(mod, target=target, params=params)``. The arguments are left as they
     were. A second time nothing changes: sparse operators are left alone, and so is everything else that the kernels do
@@ -47,8 +47,8 @@ def sparsify(
         params: by name, tvm NDArray or numpy; None if the module has its weights bound.
         target: what will be given to ``relay.build``: a string, a Target or a list or mapping of them.
         domain: ``auto`` takes the cheapest kernel for each layer, dense included. The others force, whatever the cost:
-            ``spatial`` sparse direct; ``winograd`` sparse Winograd, and sparse direct for the layers outside
-            its reach; ``dense`` no sparse kernel. Layers that no such kernel supports stay dense.
+            ``spatial`` sparse direct; ``winograd`` sparse Winograd, and sparse direct for the layers outside its reach,
+            fully-connected ones among them; ``dense`` no sparse kernel. Layers that no such kernel supports stay dense.
         winograd_sparsity: in [0, 1); prune this share of the Winograd weights, one threshold over all layers within
             Winograd's reach, of a model that carries no thresholds of its own. 0 prunes nothing, and the result equals
             dense convolution. Only Winograd kernels are changed by it.
@@ -74,7 +74,7 @@ def sparsify(
         relay.transform.FoldConstant(),
         relay.transform.FoldExplicitPadding(),
         relay.transform.FoldScaleAxis(),
-        # Phase 2. Which convolutions there are, and what stands against a sparse kernel.
+        # Phase 2. Which layers there are, and what stands against a sparse kernel.
         CollectConvolutions(worklist, params, device),
         # Phase 3. Which Winograd weights are zero; then a kernel for each layer, by cost.
         PruneWinograd(worklist, winograd_sparsity, tile=tile, weighted=weighted),

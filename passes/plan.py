@@ -1,4 +1,4 @@
-"""What was decided for every convolution of a model, and why. Neither TVM nor torch is needed to read it."""
+"""What was decided for every layer of a model, and why. Neither TVM nor torch is needed to read it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ JSON_VERSION = 1
 DENSE = "dense"
 DIRECT = "direct"
 WINOGRAD = {2: "winograd_f2", 4: "winograd_f4"}
-"""Kernel names: TVM's own convolution, sparse direct, and sparse Winograd by output tile size."""
+"""Kernel names: TVM's own, sparse direct (for a fully-connected layer, sparse dot products), and sparse
+Winograd by output tile size."""
 
 TILE = {name: tile for tile, name in WINOGRAD.items()}
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One convolution.
+    """One convolution or fully-connected layer.
 
     Attributes:
         name: the weight's parameter name without ``.weight``, else the importer's name of the node, else the operator
@@ -31,9 +32,10 @@ class LayerPlan:
         op: the Relay operator, for example ``nn.conv2d``.
         kernel: ``dense``, ``direct``, ``winograd_f2`` or ``winograd_f4``.
         reason: why this kernel; for a layer left alone, why it was.
-        input_shape, weight_shape, output_shape: N C H W and K C/g R S; None where a shape is not static.
+        input_shape, weight_shape, output_shape: N C H W and K C/g R S (N C, K C and N K of a fully-connected
+            layer); None where a shape is not static.
         strides, padding, dilation: two, four (top, left, bottom, right) and two numbers; None for other operators.
-        groups: 1 for an ordinary convolution, the number of channels for a depthwise one.
+        groups: 1 for an ordinary convolution and a fully-connected layer, the number of channels for a depthwise one.
         spatial_sparsity: share of zero weights in [0, 1]; None without weights at hand.
         winograd_sparsity: the same in the Winograd domain, by kernel name, for the tiles allowed.
         costs: predicted milliseconds of one run on one thread, by kernel name, for the kernels supported.
@@ -73,11 +75,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The convolutions of a model in the order in which they run.
+    """The convolutions and fully-connected layers of a model in the order in which they run.
 
     Attributes:
         target: the TVM target. domain: as asked of ``sparsify``.
-        layers: every convolution of the module, those left alone as well.
+        layers: every one of the module, those left alone as well.
         warnings: what the user should know beyond single layers, one line each.
     """
 
@@ -101,19 +103,19 @@ class Plan:
 
     @property
     def cost(self) -> float | None:
-        """Predicted milliseconds of the convolutions as chosen; None if nothing could be predicted."""
+        """Predicted milliseconds of the layers as chosen; None if nothing could be predicted."""
         return _total(self.layers, lambda layer: layer.kernel)
 
     @property
     def dense_cost(self) -> float | None:
-        """The same for the convolutions counted in ``cost``, all left dense."""
+        """The same for the layers counted in ``cost``, all left dense."""
         return _total(self.layers, lambda _: DENSE)
 
     def to_json(self) -> str:
         """The plan as JSON text: stable, documented, nothing that only Python can read.
 
         An object with ``format`` ("jointsparse.plan"), ``version`` (1), ``target``, ``domain``, ``cost_ms`` and
-        ``dense_cost_ms`` (numbers or null), ``warnings`` (strings) and ``layers``: one object a convolution, in order,
+        ``dense_cost_ms`` (numbers or null), ``warnings`` (strings) and ``layers``: one object a layer, in order,
         whose keys are the attributes of LayerPlan (costs in milliseconds; sparsities as shares in [0, 1]).
         A new version may add keys; a change to one of these raises ``version``.
         """
@@ -130,7 +132,7 @@ class Plan:
         return json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
 
     def __str__(self) -> str:
-        """A table for people, one line a convolution and a sum below; plain text, at most 160 columns.
+        """A table for people, one line a layer and a sum below; plain text, at most 160 columns.
 
         Then what predictions were borrowed from other CPUs, and the warnings.
         """
@@ -210,7 +212,7 @@ def _pair(numbers: tuple[int, int] | None) -> str:
 
 def _sum_line(plan: Plan) -> str:
     sparse = sum(layer.sparse for layer in plan.layers)
-    line = f"{sparse} of {len(plan.layers)} convolutions sparse, domain {plan.domain}, target {plan.target}"
+    line = f"{sparse} of {len(plan.layers)} layers sparse, domain {plan.domain}, target {plan.target}"
     if plan.cost is None:
         return line
     return f"{line}; predicted {milliseconds(plan.cost)} against {milliseconds(plan.dense_cost)} dense"

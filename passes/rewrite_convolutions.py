@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import tvm
+from numpy.typing import NDArray
 from tvm import relay
 from tvm.relay.dataflow_pattern import DFPatternCallback, is_op, rewrite, wildcard
 
-from ..schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd
+from ..schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd, dense_sparse
 from .convolutions import MAIN, find_convolutions
 from .layers import Layer, Worklist
 from .plan import DENSE, DIRECT, TILE
@@ -51,7 +53,7 @@ class _Rewriter(DFPatternCallback):
 
     def __init__(self, chosen: dict[relay.Call, Layer], target: tvm.target.Target) -> None:
         super().__init__(rewrite_once=True)
-        self.pattern = is_op("nn.conv2d")(wildcard(), wildcard())
+        self.pattern = (is_op("nn.conv2d") | is_op("nn.dense"))(wildcard(), wildcard())
         self.chosen = chosen
         self.target = target
 
@@ -65,6 +67,22 @@ class _Rewriter(DFPatternCallback):
 def _sparse_call(layer: Layer, data: relay.Expr, target: tvm.target.Target) -> relay.Expr:
     assert layer.geometry is not None
     weight = layer.sparse_weight(layer.kernel)
+    if layer.geometry.fully_connected:
+        return _fully_connected(layer, weight, data, target)
     if layer.kernel == DIRECT:
         return conv2d_sparse_direct(data, weight, layer.geometry, target)
     return conv2d_sparse_winograd(data, weight, layer.geometry, TILE[layer.kernel], target)
+
+
+def _fully_connected(
+    layer: Layer, weight: NDArray[np.float32], data: relay.Expr, target: tvm.target.Target
+) -> relay.Expr:
+    """The operator takes and gives matrices; whatever else the data is, images of one pixel for example, is reshaped
+    on both sides."""
+    assert layer.geometry is not None
+    assert layer.input_shape is not None
+    matrix, batch = weight[:, :, 0, 0], layer.geometry.batch
+    if len(layer.input_shape) == 2:
+        return dense_sparse(data, matrix, batch, target)
+    rows = relay.reshape(data, (batch, layer.geometry.in_channels))
+    return relay.reshape(dense_sparse(rows, matrix, batch, target), layer.output_shape)

@@ -9,20 +9,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .formats import SparseRows, pack_direct, pack_winograd
+    from .formats import SparseRows, pack_dense, pack_direct, pack_winograd
     from .geometry import ConvGeometry
-    from .operators import conv2d_sparse_direct, conv2d_sparse_winograd, why_not_direct, why_not_winograd
+    from .operators import (
+        conv2d_sparse_direct,
+        conv2d_sparse_winograd,
+        dense_sparse,
+        why_not_dense_sparse,
+        why_not_direct,
+        why_not_winograd,
+    )
     from .targets import cpu_facts, why_not_target
     from .winograd import transform
 
 _HOME = {
     "ConvGeometry": "geometry",
     "SparseRows": "formats",
+    "pack_dense": "formats",
     "pack_direct": "formats",
     "pack_winograd": "formats",
     "transform": "winograd",
     "conv2d_sparse_direct": "operators",
     "conv2d_sparse_winograd": "operators",
+    "dense_sparse": "operators",
+    "why_not_dense_sparse": "operators",
     "why_not_direct": "operators",
     "why_not_winograd": "operators",
     "why_not_target": "targets",
@@ -35,9 +45,12 @@ __all__ = [
     "conv2d_sparse_direct",
     "conv2d_sparse_winograd",
     "cpu_facts",
+    "dense_sparse",
+    "pack_dense",
     "pack_direct",
     "pack_winograd",
     "transform",
+    "why_not_dense_sparse",
     "why_not_direct",
     "why_not_target",
     "why_not_winograd",

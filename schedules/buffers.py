@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from .direct_plan import DirectPlan
 from .geometry import ConvGeometry
+from .sparse_dense import DensePlan, image_block
 from .sparse_winograd import SKEW
 from .winograd_plan import WinogradPlan
 
@@ -32,6 +33,16 @@ def argument_buffers(geometry: ConvGeometry, taps: int) -> dict[str, int]:
         "input": geometry.batch * geometry.in_channels * pixels,
         "output": geometry.batch * geometry.out_channels * out_pixels,
         "weights": geometry.out_channels * (geometry.in_channels // geometry.groups) * taps,
+    }
+
+
+def dense_buffers(plan: DensePlan, lanes: int) -> dict[str, int]:
+    """Elements of what the sparse fully-connected layer keeps, between and in its arguments; groups filled up."""
+    images = plan.batch if plan.batch == 1 else image_block(plan.batch, lanes).images
+    return {
+        "input": -(-plan.batch // images) * images * plan.inputs,
+        "output": plan.batch * plan.outputs,
+        "weights": plan.outputs * -(-plan.inputs // plan.group) * plan.group,
     }
 
 

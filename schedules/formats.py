@@ -76,6 +76,19 @@ def pack_winograd(winograd_weight: NDArray[np.floating], geometry: ConvGeometry,
     return replace(rows, indices=rows.indices.astype(np.min_scalar_type(geometry.in_channels - 1)))
 
 
+def pack_dense(weight: NDArray[np.floating], group: int = 1) -> SparseRows:
+    """Rows are output units; an index is an input, in the fewest bytes.
+
+    Args:
+        weight: (outputs, inputs).
+        group: see SparseRows.
+    """
+    output, source = np.nonzero(weight)
+    rows = _rows(weight[output, source], source, np.bincount(output, minlength=weight.shape[0]), group)
+    narrow = np.min_scalar_type(weight.shape[1] - 1)
+    return replace(rows, indices=rows.indices.astype(narrow if narrow.itemsize < 4 else np.int32))
+
+
 def _check_shape(weight: NDArray[np.floating], expected: tuple[int, ...]) -> None:
     if tuple(weight.shape) != expected:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, the geometry says {expected}")

@@ -82,6 +82,12 @@ class ConvGeometry:
         return (self.batch, self.out_channels, self.out_height, self.out_width)
 
     @property
+    def fully_connected(self) -> bool:
+        """Whether this is a matrix times the channels of one pixel."""
+        shape = (self.in_height, self.in_width, *self.kernel)
+        return shape == (1, 1, 1, 1) and not any(self.padding) and self.groups == 1
+
+    @property
     def macs(self) -> int:
         """Multiplications of the dense direct convolution."""
         _, channels, height, width = self.weight_shape

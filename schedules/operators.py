@@ -1,9 +1,10 @@
-"""The sparse convolutions as Relay expressions; importing this module registers their operators and readies LLVM.
+"""The sparse layers as Relay expressions; importing this module registers their operators and readies LLVM.
 
 ``jointsparse.conv2d_sparse_direct`` takes data and three constants (values, indices, indptr: SparseRows of formats.py)
 and is otherwise like ``nn.conv2d`` in NCHW, float32: what may follow a convolution is fused into it.
 ``jointsparse.conv2d_sparse_winograd`` works on images in tile layout, into and out of which ``jointsparse.to_tiles``
 and ``jointsparse.from_tiles`` bring them; it adds a bias, in its form ``..._add`` a residual as well, and activates.
+``jointsparse.dense_sparse`` is otherwise like ``nn.dense``.
 Attributes hold the whole geometry, so the type of the result follows from them.
 """
 
@@ -17,24 +18,26 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relay, te
 
-from . import llvm_workaround
-from .buffers import argument_buffers, direct_buffers, why_too_large, winograd_buffers
+from . import cpu_dense, llvm_workaround
+from .buffers import argument_buffers, dense_buffers, direct_buffers, why_too_large, winograd_buffers
 from .direct_plan import DirectPlan, direct_plan, in_one_row
 from .epilogues import Activation
-from .formats import SparseRows, pack_direct, pack_winograd
+from .formats import SparseRows, pack_dense, pack_direct, pack_winograd
 from .geometry import ConvGeometry
 from .max_pool import PoolGeometry
 from .max_pool import max_pool2d as max_pool2d_compute
 from .registration import call, plain, register, unpack
+from .sparse_dense import DensePlan, nonzero_group, sparse_dense
 from .sparse_direct import sparse_direct
 from .sparse_winograd import sparse_winograd
-from .targets import cpu_facts
+from .targets import cpu_facts, gathers_fast
 from .tile_conversions import from_tiles, to_tiles
 from .tiles import TileLayout
 from .winograd import KERNELS, TILES
 from .winograd_plan import WinogradPlan, winograd_plan
 
 __all__ = [
+    "DENSE_SPARSE",
     "DIRECT",
     "DIRECT_ADD",
     "FROM_TILES",
@@ -44,7 +47,9 @@ __all__ = [
     "WINOGRAD_ADD",
     "conv2d_sparse_direct",
     "conv2d_sparse_winograd",
+    "dense_sparse",
     "max_pool2d",
+    "why_not_dense_sparse",
     "why_not_direct",
     "why_not_winograd",
 ]
@@ -56,6 +61,7 @@ WINOGRAD_ADD = "jointsparse.conv2d_sparse_winograd_add"
 TO_TILES = "jointsparse.to_tiles"
 FROM_TILES = "jointsparse.from_tiles"
 MAX_POOL = "jointsparse.max_pool2d"
+DENSE_SPARSE = "jointsparse.dense_sparse"
 
 
 def conv2d_sparse_direct(
@@ -119,6 +125,29 @@ def conv2d_sparse_winograd(
     return out_of_tiles(call(WINOGRAD, [tiles, *_constants(rows), bias], **attributes), plan.result)
 
 
+def dense_sparse(
+    data: relay.Expr,
+    weight: NDArray[np.floating],
+    batch: int,
+    target: tvm.target.Target | str | None = None,
+) -> relay.Expr:
+    """A sparse fully-connected layer.
+
+    Args:
+        data: (batch, C), float32.
+        weight: (K, C); its zeros cost nothing.
+        target: whose vectors decide how non-zeros are grouped (the current target, or plain llvm, when None). The
+            operator is right for every CPU.
+
+    Raises:
+        ValueError: when it is too large (see why_not_dense_sparse).
+    """
+    outputs, inputs = weight.shape
+    plan = _dense_plan(batch, inputs, outputs, target)
+    _refuse(why_too_large(dense_buffers(plan, cpu_facts(target).lanes)))
+    return call(DENSE_SPARSE, [data, *_constants(pack_dense(weight, plan.group))], **asdict(plan))
+
+
 def into_tiles(
     data: relay.Expr, shape: Sequence[int], layout: TileLayout, offset: tuple[int, int] = (0, 0)
 ) -> relay.Expr:
@@ -134,6 +163,17 @@ def out_of_tiles(tiles: relay.Expr, layout: TileLayout) -> relay.Expr:
 def max_pool2d(data: relay.Expr, shape: Sequence[int], geometry: PoolGeometry) -> relay.Expr:
     """Max pooling of float32 images of this shape (N, C, H, W); see max_pool.py."""
     return call(MAX_POOL, [data], shape=tuple(shape), **asdict(geometry))
+
+
+def why_not_dense_sparse(
+    batch: int, inputs: int, outputs: int, target: tvm.target.Target | str | None = None
+) -> str | None:
+    """Why there is no sparse fully-connected layer of these sizes, or None if there is.
+
+    Args:
+        target: as for why_not_direct.
+    """
+    return why_too_large(dense_buffers(_dense_plan(batch, inputs, outputs, target), cpu_facts(target).lanes))
 
 
 def why_not_direct(geometry: ConvGeometry, target: tvm.target.Target | str | None = None) -> str | None:
@@ -184,6 +224,17 @@ def direct_plan_of(attrs: tvm.ir.Attrs) -> DirectPlan:
 
 _DIRECT_PLAN = ("lanes", "rows", "cols", "channels")
 """Fields of a DirectPlan among the attributes."""
+
+
+def _dense_plan(batch: int, inputs: int, outputs: int, target: tvm.target.Target | str | None) -> DensePlan:
+    return DensePlan(batch, inputs, outputs, nonzero_group(batch, cpu_facts(target).lanes))
+
+
+def _compute_dense(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
+    data, values, indices, indptr = inputs
+    plan, lanes = unpack(DensePlan, attrs), cpu_facts(target).lanes
+    _refuse(why_too_large(dense_buffers(plan, lanes)))
+    return sparse_dense(data, values, indices, indptr, plan, lanes, gather=gathers_fast(target))
 
 
 def _compute_direct(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
@@ -283,6 +334,16 @@ for _name, _arguments in ((WINOGRAD, _CONVOLUTION), (WINOGRAD_ADD, _WITH_RESIDUA
         _as_it_is,
         fusable=False,
     )
+register(
+    DENSE_SPARSE,
+    "Sparse fully-connected layer.",
+    {"data": "input, (batch, inputs)", **_WEIGHTS},
+    lambda attrs, data: (int(attrs["batch"]), int(attrs["inputs"])),
+    lambda attrs, data: (int(attrs["batch"]), int(attrs["outputs"])),
+    _compute_dense,
+    lambda attrs, outs, target: cpu_dense.schedule_dense(outs, target),
+    fusable=True,
+)
 register(
     TO_TILES,
     "Images into tile layout.",

@@ -126,6 +126,17 @@ def cpu_facts(target: tvm.target.Target | str | None = None) -> CpuFacts:
     return CpuFacts(lanes, registers, 1024 * l1, 1024 * l2)
 
 
+def gathers_fast(target: tvm.target.Target | str | None = None) -> bool:
+    """Whether AVX2's gather is worth its while, by LLVM's tables; of the current target, or plain ``llvm``, when None.
+
+    For a CPU whose microcode has slowed gathers down since, ``-mattr=-fast-gather`` says so.
+    """
+    resolved = _resolve(target)
+    return resolved.kind.name == "llvm" and bool(
+        tvm.target.codegen.target_has_features(["avx2", "fast-gather"], resolved)
+    )
+
+
 def why_not_target(target: tvm.target.Target | str) -> str | None:
     """Why the sparse operators cannot be compiled for a target, or None if they can."""
     resolved = _resolve(target)

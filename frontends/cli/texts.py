@@ -47,7 +47,7 @@ COMPILE_WINOGRAD_SPARSITY = (
     "Share to prune in the Winograd domain of a model that carries no threshold; 0 prunes nothing."
 )
 TUNING_RECORDS = "Log of auto_scheduler or AutoTVM to apply."
-EXPLAIN = "Print for every convolution the kernel chosen, its cost and the reason."
+EXPLAIN = "Print for every layer the kernel chosen, its cost and the reason."
 
 PACKAGE = "A package made by jointsparse compile or tvmc compile."
 INPUTS = ".npz file with the inputs by name; those missing are filled."

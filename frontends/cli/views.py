@@ -67,7 +67,7 @@ def show_plan(plan: Plan, package: Path, *, explain: bool, json: bool) -> None:
     if explain:
         print(plan)
     sparse = sum(layer.sparse for layer in plan)
-    print(f"{package}: {package.stat().st_size:,} bytes, {sparse} of {len(plan)} convolutions sparse")
+    print(f"{package}: {package.stat().st_size:,} bytes, {sparse} of {len(plan)} layers sparse")
 
 
 def show_run(result: TVMCResult, threads: int, written: Path | None, json: bool) -> None:

@@ -26,7 +26,7 @@ class Operator:
     """One fused operator.
 
     Attributes:
-        name: TVM's. layer: of the plan, empty where it is no convolution or could not be told.
+        name: TVM's. layer: of the plan, empty where it is none of its layers or could not be told.
         ms: the least of all runs.
         multiply_adds: real ones of one run, by non-zero weights if the kernel is sparse (Winograd transforms not
             counted); None where unknown.
@@ -126,12 +126,12 @@ def _least(execute: Any, operators: Sequence[int], seconds: float) -> dict[int, 
 
 
 def _layers(graph: _Graph, plan: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    """The convolution of the plan that each node runs: the best fit of kernels and sizes, then of places in the order.
+    """The layer of the plan that each node runs: the best fit of kernels and sizes, then of places in the order.
 
     The order alone would not do: TVM runs branches in another one. Where numbers differ (a convolution folded away, or
     several in one operator) nothing is said rather than something wrong.
     """
-    convolutions = [node for node in graph.operators if "conv" in graph.name(node)]
+    convolutions = [node for node in graph.operators if _is_layer(graph.name(node))]
     if len(convolutions) != len(plan) or any(layer["weight_shape"] is None for layer in plan):
         return {}
     misfits = np.zeros((len(plan), len(plan)))
@@ -145,7 +145,18 @@ def _layers(graph: _Graph, plan: Sequence[Mapping[str, Any]]) -> dict[int, Mappi
     return {convolutions[row]: plan[column] for row, column in zip(rows, columns, strict=True)}
 
 
+def _is_layer(name: str) -> bool:
+    """Whether an operator holds a convolution or a fully-connected layer, by its name."""
+    return "conv" in name or _is_fully_connected(name)
+
+
+def _is_fully_connected(name: str) -> bool:
+    return "dense" in name or "matmul" in name
+
+
 def _kernel(name: str) -> str:
+    if "dense_sparse" in name:
+        return DIRECT
     kinds = (kind for kind in (DIRECT, "winograd") if f"sparse_{kind}" in name)
     return next(kinds, DENSE)
 
@@ -169,8 +180,9 @@ def _expected(layer: Mapping[str, Any]) -> tuple[int, int, float]:
 
 
 def _dense_work(graph: _Graph, node: int) -> int | None:
-    """Multiply-adds of a fully-connected layer: its weights, the largest of its inputs, once for each row of data."""
+    """Multiply-adds of a dense fully-connected layer that no plan speaks of: its weights, the largest of its inputs,
+    once for each row of data."""
     name = graph.name(node)
-    if not ("dense" in name or "matmul" in name):
+    if not _is_fully_connected(name) or _kernel(name) != DENSE:
         return None
     return max(size for _, size in graph.inputs(node)) * graph.shape(node)[0]

@@ -9,6 +9,8 @@ from tvm import relay
 
 from jointsparse.passes.collect_convolutions import CollectConvolutions
 from jointsparse.passes.layers import Worklist
+from jointsparse.schedules.geometry import ConvGeometry
+from jointsparse.schedules.operators import dense_sparse
 from tests.passes.relay_nets import HOST
 
 RNG = np.random.default_rng(0)
@@ -195,3 +197,63 @@ def test_the_worklist_is_emptied_first():
         CollectConvolutions(worklist, {}, tvm.target.Target(HOST))(mod)
         assert len(worklist.layers) == 1
         assert worklist.warnings == []
+
+
+# --- fully-connected layers -------------------------------------------------------------------------------------------
+
+
+def matrix(*shape):
+    return relay.var("x", shape=shape)
+
+
+def test_a_fully_connected_layer_is_a_convolution_of_one_pixel():
+    weight = RNG.standard_normal((6, 4)).astype("float32")
+    weight[:3] = 0
+    layer = only_layer(relay.nn.dense(matrix(2, 4), relay.const(weight)))
+    assert layer.left_alone is None
+    assert layer.geometry == ConvGeometry(2, 4, 1, 1, 6, (1, 1))
+    assert (layer.input_shape, layer.weight_shape, layer.output_shape) == ((2, 4), (6, 4), (2, 6))
+    assert np.array_equal(layer.weight.value, weight.reshape(6, 4, 1, 1))
+    assert layer.spatial_sparsity == 0.5
+    reason = "a fully-connected layer is outside Winograd's reach"
+    assert layer.unsupported == {"winograd_f2": reason, "winograd_f4": reason}
+
+
+def test_all_axes_but_the_last_are_the_batch():
+    layer = only_layer(relay.nn.dense(matrix(2, 3, 4), weight_of(6, 4)))
+    assert (layer.geometry.batch, layer.geometry.in_channels, layer.geometry.out_channels) == (6, 4, 6)
+
+
+@pytest.mark.parametrize("axes", [None, (1, 0)])
+def test_a_transposed_parameter_names_the_layer(axes):
+    stored = RNG.standard_normal((4, 6)).astype("float32")
+    scale = RNG.standard_normal((6, 1)).astype("float32")
+    transposed = relay.transpose(relay.var("head.weight", shape=(4, 6)), axes)
+    mod = module(relay.nn.dense(matrix(1, 4), relay.multiply(transposed, relay.const(scale))))
+    (layer,) = collect(mod, {"head.weight": stored})
+    assert (layer.name, layer.weight.parameter) == ("head", "head.weight")
+    np.testing.assert_allclose(layer.weight.value[:, :, 0, 0], stored.T * scale, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: relay.nn.dense(relay.var("x", shape=(1, 4), dtype="float16"), weight_of(6, 4, dtype="float16")),
+         "data type float16"),
+        (lambda: relay.nn.dense(relay.var("x", shape=(1, 4), dtype="int8"), weight_of(6, 4, dtype="int8"),
+                                out_dtype="int32"), "data type int8"),
+        (lambda: relay.nn.dense(matrix(1, 4), relay.var("w", shape=(6, 4))), "pass it in params"),
+        (lambda: relay.nn.dense(matrix(1, 4), relay.nn.relu(relay.var("w", shape=(6, 4)))), "computed at run time"),
+        (lambda: relay.nn.dense(matrix(relay.Any(), 4), weight_of(6, 4)), "dynamic shape"),
+        (lambda: relay.nn.matmul(matrix(1, 4), weight_of(4, 6)), "nn.matmul"),
+        (lambda: relay.nn.contrib_dense_pack(matrix(1, 4), weight_of(1, 4, 8), "NC8n"), "nn.contrib_dense_pack"),
+        (lambda: dense_sparse(matrix(1, 4), np.ones((6, 4), "float32"), 1), "sparse already"),
+    ],
+)  # fmt: skip
+def test_a_fully_connected_layer_left_alone_has_a_reason(make, reason):
+    assert reason in only_layer(make()).left_alone
+
+
+def test_a_fully_connected_layer_too_large_is_left_alone():
+    layer = only_layer(relay.nn.dense(matrix(2**26, 64), weight_of(1, 64)))
+    assert "input of 4294967296 elements" in layer.left_alone

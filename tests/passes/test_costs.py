@@ -60,7 +60,9 @@ def test_every_target_and_kind_has_coefficients_that_count_something(target):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_coefficients_are_of_things_counted_and_not_negative(name):
     for kernel, coefficients in FAMILIES[name].items():
-        base = {"direct_1x1": "direct"}.get(kernel, kernel if kernel in SPARSE_KERNELS else "dense")
+        base = {"direct_1x1": "direct", "direct_fc": "direct"}.get(
+            kernel, kernel if kernel in SPARSE_KERNELS else "dense"
+        )
         assert coefficients.keys() <= counts(base, LAYER, 10, cpu_facts("llvm")).keys()
         assert min(coefficients.values()) >= 0
 

@@ -63,7 +63,7 @@ def test_table_has_a_line_a_layer_a_sum_and_the_warnings():
     for cell in ("layout NHWC", "stride 2x1", "dilation 2", "groups 4", "99.9 %"):
         assert cell in alone
     assert lines[-4] == (
-        "1 of 2 convolutions sparse, domain auto, target llvm -mcpu=haswell; predicted 0.2 ms against 0.5 ms dense"
+        "1 of 2 layers sparse, domain auto, target llvm -mcpu=haswell; predicted 0.2 ms against 0.5 ms dense"
     )
     assert lines[-3:] == [
         "not measured on CPUs like the target's, predicted as on avx2: dense, winograd_f4",

@@ -12,7 +12,7 @@ from jointsparse.passes.convolutions import find_convolutions
 from jointsparse.passes.layers import Worklist
 from jointsparse.passes.prune_winograd import PruneWinograd
 from jointsparse.passes.rewrite_convolutions import RewriteConvolutions
-from tests.passes.relay_nets import HOST
+from tests.passes.relay_nets import HOST, build_and_run
 
 RNG = np.random.default_rng(0)
 TARGET = tvm.target.Target(HOST)
@@ -83,3 +83,27 @@ def test_branches_that_share_a_convolution_still_share_it():
     worklist, mod = collected(tvm.IRModule.from_expr(body))
     worklist.layers[0].kernel = "direct"
     assert len(operators(RewriteConvolutions(worklist, TARGET)(mod))) == 1
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)])
+def test_a_fully_connected_layer_is_rewritten_whatever_the_shape_of_its_batch(shape):
+    weight = relay.const(RNG.standard_normal((6, 4)).astype("float32"))
+    worklist, mod = collected(tvm.IRModule.from_expr(relay.nn.dense(relay.var("x", shape=shape), weight)))
+    worklist.layers[0].kernel = "direct"
+    result = RewriteConvolutions(worklist, TARGET)(mod)
+    assert operators(result) == ["jointsparse.dense_sparse"]
+    assert [int(size) for size in result["main"].ret_type.shape] == [*shape[:-1], 6]
+    x = RNG.standard_normal(shape).astype("float32")
+    np.testing.assert_allclose(build_and_run(result, {}, x), x @ weight.data.numpy().T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_convolution_of_one_pixel_is_a_fully_connected_layer():
+    weight = RNG.standard_normal((6, 4, 1, 1)).astype("float32")
+    body = relay.nn.conv2d(relay.var("x", shape=(2, 4, 1, 1)), relay.const(weight))
+    worklist, mod = collected(tvm.IRModule.from_expr(body))
+    worklist.layers[0].kernel = "direct"
+    result = RewriteConvolutions(worklist, TARGET)(mod)
+    assert operators(result) == ["jointsparse.dense_sparse"]
+    x = RNG.standard_normal((2, 4, 1, 1)).astype("float32")
+    expected = np.einsum("ncij,kcij->nkij", x, weight)
+    np.testing.assert_allclose(build_and_run(result, {}, x), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,217 @@
+"""Sparse fully-connected layer: for every non-zero, its value times the input that it belongs to.
+
+``out[n, k] = sum over e of values[e] * data[n, indices[e]]``, e over the non-zeros of row k. A single image is bound by
+the weights, which come from memory once and are used once: a value and the narrowest index that reaches every input.
+So what counts is to keep up with memory: non-zeros come in groups whose sums do not depend on each other, and the
+operands of a group are gathered where the CPU does that well, else loaded one by one. With more images the vectors run
+over images instead, from a transposed copy of the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import tvm
+from tvm import te, tir
+
+from .vector_code import VectorCode
+
+COLUMNS = "jointsparse.dense.columns"
+OUTPUT = "jointsparse.dense.output"
+
+GROUP = 8
+"""Independent sums: what hides the latency of a multiply-add, and the lanes of a gather in AVX2."""
+
+_INSERTED = 4
+"""Lanes of a vector made of single loads: longer ones take more shuffles than they save multiply-adds."""
+
+_MOST_VECTORS = 8
+"""Of images at a time."""
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """A fully-connected layer and how it is stored.
+
+    Attributes:
+        batch, inputs, outputs: (batch, inputs) to (batch, outputs).
+        group: of the SparseRows.
+    """
+
+    batch: int
+    inputs: int
+    outputs: int
+    group: int
+
+
+@dataclass(frozen=True)
+class ImageBlock:
+    """Images computed at a time.
+
+    Attributes:
+        lanes: of a vector. vectors: of images.
+    """
+
+    lanes: int
+    vectors: int
+
+    @property
+    def images(self) -> int:
+        return self.lanes * self.vectors
+
+
+def image_block(batch: int, lanes: int) -> ImageBlock:
+    """The fewest blocks of at most _MOST_VECTORS vectors, evenly filled; no longer vectors than there are images."""
+    lanes = min(lanes, 1 << (batch - 1).bit_length())
+    vectors = -(-batch // lanes)
+    blocks = -(-vectors // _MOST_VECTORS)
+    return ImageBlock(lanes, -(-vectors // blocks))
+
+
+def nonzero_group(batch: int, lanes: int) -> int:
+    """Non-zeros to a group, so that there are about GROUP sums, over groups and vectors of images."""
+    return max(1, GROUP // image_block(batch, lanes).vectors)
+
+
+def sparse_dense(
+    data: te.Tensor,
+    values: te.Tensor,
+    indices: te.Tensor,
+    indptr: te.Tensor,
+    plan: DensePlan,
+    lanes: int,
+    *,
+    gather: bool,
+) -> te.Tensor:
+    """Multiply.
+
+    Args:
+        data: (batch, inputs) float32. values, indices, indptr: SparseRows of formats.pack_dense.
+        lanes: of the target's vectors. gather: whether it has AVX2's gather and is good at it.
+
+    Returns:
+        (batch, outputs).
+    """
+    if plan.batch == 1:
+        gather = gather and plan.group == GROUP
+        body = partial(_one_image, plan, GROUP if gather else min(lanes, plan.group, _INSERTED), gather)
+    else:
+        block = image_block(plan.batch, lanes)
+        data = _columns(data, plan, block)
+        body = partial(_images, plan, block)
+    return te.extern(
+        (plan.batch, plan.outputs),
+        [data, values, indices, indptr],
+        lambda ins, outs: body(*ins, *outs),
+        dtype="float32",
+        name="output",
+        tag=OUTPUT,
+    )
+
+
+def _columns(data: te.Tensor, plan: DensePlan, block: ImageBlock) -> te.Tensor:
+    """(blocks, inputs, images of a block): what one weight multiplies lies together; zeros for missing images."""
+    blocks = -(-plan.batch // block.images)
+
+    def element(b: tir.Var, c: tir.Var, i: tir.Var) -> tir.PrimExpr:
+        image = b * block.images + i
+        return tir.if_then_else(image < plan.batch, data[image, c], tir.const(0, "float32"))
+
+    return te.compute((blocks, plan.inputs, block.images), element, name="columns", tag=COLUMNS)
+
+
+def _one_image(
+    plan: DensePlan,
+    lanes: int,
+    gather: bool,
+    data: tir.Buffer,
+    values: tir.Buffer,
+    indices: tir.Buffer,
+    indptr: tir.Buffer,
+    out: tir.Buffer,
+) -> tir.Stmt:
+    """The lanes are the non-zeros of a group."""
+    ib = tvm.tir.ir_builder.create()
+    code = VectorCode(ib, lanes)
+    with ib.for_range(0, plan.outputs, name="k", kind="parallel") as k:
+        sums = code.array(-(-plan.group // lanes), "sums")
+        for vector in sums:
+            code.set(vector, code.splat(0.0))
+        start = code.let(tir.BufferLoad(indptr, [k]))
+        with ib.for_range(0, tir.BufferLoad(indptr, [k + 1]) - start, name="e") as e:
+            for v, vector in enumerate(sums):
+                at = (start + e) * plan.group + v * lanes
+                place = code.load(indices, at).astype("int32" if lanes == 1 else f"int32x{lanes}")
+                operand = _gathered(data, place) if gather else tir.BufferLoad(data, [0, place])
+                code.set(vector, vector + code.load(values, at) * operand)
+        total = _sum([element for vector in sums for element in _elements(vector, lanes)])
+        ib.emit(tir.BufferStore(out, total, [0, k]))
+    return ib.get()
+
+
+def _images(
+    plan: DensePlan,
+    block: ImageBlock,
+    columns: tir.Buffer,
+    values: tir.Buffer,
+    indices: tir.Buffer,
+    indptr: tir.Buffer,
+    out: tir.Buffer,
+) -> tir.Stmt:
+    """The lanes are images; the weight is the same in all."""
+    ib = tvm.tir.ir_builder.create()
+    code = VectorCode(ib, block.lanes)
+    with (
+        ib.for_range(0, plan.outputs, name="k", kind="parallel") as k,
+        ib.for_range(0, int(columns.shape[0]), name="b") as b,
+    ):
+        sums = code.array(plan.group * block.vectors, "sums")
+        for vector in sums:
+            code.set(vector, code.splat(0.0))
+        start = code.let(tir.BufferLoad(indptr, [k]))
+        with ib.for_range(0, tir.BufferLoad(indptr, [k + 1]) - start, name="e") as e:
+            for g in range(plan.group):
+                at = (start + e) * plan.group + g
+                weight = code.splat(tir.BufferLoad(values, [at]))
+                column = tir.BufferLoad(indices, [at]).astype("int32")
+                for v in range(block.vectors):
+                    vector = sums[v * plan.group + g]
+                    code.set(vector, vector + weight * code.load(columns, b, column, v * block.lanes))
+        for v in range(block.vectors):
+            mine = sums[v * plan.group : (v + 1) * plan.group]
+            code.set(mine[0], _sum(mine))
+            for lane, element in enumerate(_elements(mine[0], block.lanes)):
+                image = b * block.images + v * block.lanes + lane
+                with ib.if_scope(image < plan.batch):
+                    ib.emit(tir.BufferStore(out, element, [image, k]))
+    return ib.get()
+
+
+def _gathered(data: tir.Buffer, place: tir.PrimExpr) -> tir.PrimExpr:
+    """Eight elements of the only image. TVM itself makes single loads of such an access, and LLVM leaves it at that."""
+    every_lane = tir.reinterpret("float32x8", tir.Broadcast(tir.const(-1, "int32"), GROUP))
+    return tir.call_llvm_pure_intrin(
+        "float32x8",
+        "llvm.x86.avx2.gather.d.ps.256",
+        tir.const(5, "uint32"),
+        tir.Broadcast(tir.const(0.0, "float32"), GROUP),
+        tir.address_of(tir.BufferLoad(data, [0, 0])),
+        place,
+        every_lane,
+        tir.const(4, "int8"),
+    )
+
+
+def _elements(vector: tir.BufferLoad, lanes: int) -> list[tir.PrimExpr]:
+    (index,) = vector.indices
+    first = index.base if isinstance(index, tir.Ramp) else index
+    return [tir.BufferLoad(vector.buffer, [first + lane]) for lane in range(lanes)]
+
+
+def _sum(terms: list[tir.PrimExpr]) -> tir.PrimExpr:
+    """In pairs, for accuracy and speed."""
+    while len(terms) > 1:
+        half = len(terms) // 2
+        terms = [a + b for a, b in zip(terms[:half], terms[half : 2 * half], strict=True)] + terms[2 * half :]
+    return terms[0]
