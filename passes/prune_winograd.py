@@ -105,20 +105,26 @@ class PruneWinograd:
 
     def _warn_of_unknown(self, thresholds: dict[str, WinogradPruning]) -> None:
         """A threshold that finds no weight would silently prune nothing."""
-        known = {layer.weight.parameter for layer in self.worklist.layers if layer.weight is not None}
-        unknown = sorted(thresholds.keys() - known)
+        weights = [(layer, layer.weight.parameter) for layer in self.worklist.layers if layer.weight is not None]
+        fully_connected = {name for layer, name in weights if layer.op == "nn.dense"}
+        unknown = sorted(thresholds.keys() - {name for _, name in weights if name not in fully_connected})
         if unknown:
             types = sorted({_data_type(layer) for layer in self.worklist.layers} - {"float32"})
-            # Weights of other types come as constants without names.
-            reason = (
-                f"the pruning of layers of data type {', '.join(types)} is dropped, Winograd kernels compute in float32"
-                if types
-                else "the module was bound or renamed before"
-            )
+            reason = _why_unknown(fully_connected.issuperset(unknown), types)
             self.worklist.warnings.append(
                 f"Winograd thresholds without a convolution's weight of that name ({', '.join(unknown[:3])}"
                 f"{', ...' if len(unknown) > 3 else ''}): {reason}"
             )
+
+
+def _why_unknown(fully_connected: bool, types: list[str]) -> str:
+    """Why no convolution has a weight of such a name; types: data types of layers other than float32."""
+    if fully_connected:
+        return "they are of fully-connected layers, which Winograd convolution does not reach"
+    if types:
+        # Weights of other types come as constants without names.
+        return f"the pruning of layers of data type {', '.join(types)} is dropped, Winograd kernels compute in float32"
+    return "the module was bound or renamed before"
 
 
 def _data_type(layer: Layer) -> str:

@@ -18,28 +18,29 @@ def schedule_dense(outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.S
     """Schedule a function that holds one sparse fully-connected layer and ends in `outs`."""
     tensors = [outs] if isinstance(outs, te.Tensor) else list(outs)
     schedule = te.create_schedule([t.op for t in tensors])
-    final = tensors[0]
+    final, lanes = tensors[0], cpu_facts(target).lanes
     for stage in schedule.stages:
         if isinstance(stage.op, te.ComputeOp) and stage.op.tag == sparse_dense.COLUMNS:
-            _transpose(stage)
+            _transpose(stage, lanes)
         elif isinstance(stage.op, te.ComputeOp) and stage.op != final.op:
             stage.compute_inline()
     if isinstance(final.op, te.ComputeOp):
-        _epilogue(schedule, final, cpu_facts(target).lanes)
+        _epilogue(schedule, final, lanes)
     return schedule
 
 
-def _transpose(stage: te.Stage) -> None:
+def _transpose(stage: te.Stage, lanes: int) -> None:
     """Into vectors of images, several inputs at a time."""
     block, channel, image = stage.op.axis
     outer, inner = stage.split(channel, _INPUTS_AT_ONCE)
-    stage.reorder(block, outer, inner, image)
+    vector, lane = stage.split(image, min(lanes, int(image.dom.extent)))
+    stage.reorder(block, outer, inner, vector, lane)
     stage.parallel(stage.fuse(block, outer))
-    stage.vectorize(image)
+    stage.vectorize(lane)
 
 
 def _epilogue(schedule: te.Schedule, final: te.Tensor, lanes: int) -> None:
-    """One vector for each output unit's worth of memory traffic: too little work to start threads for."""
+    """Too little work to start threads for."""
     if len(final.op.axis) != 2:
         topi.x86.schedule_injective_from_existing(schedule, final)
         return

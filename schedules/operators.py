@@ -234,7 +234,16 @@ def _compute_dense(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm
     data, values, indices, indptr = inputs
     plan, lanes = unpack(DensePlan, attrs), cpu_facts(target).lanes
     _refuse(why_too_large(dense_buffers(plan, lanes)))
-    return sparse_dense(data, values, indices, indptr, plan, lanes, gather=gathers_fast(target))
+    return sparse_dense(
+        data,
+        values,
+        indices,
+        indptr,
+        plan,
+        lanes,
+        gather=gathers_fast(target),
+        prefetch=target.kind.name == "llvm",
+    )
 
 
 def _compute_direct(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:

@@ -9,6 +9,7 @@ over images instead, from a transposed copy of the data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,10 @@ GROUP = 8
 
 _INSERTED = 4
 """Lanes of a vector made of single loads: longer ones take more shuffles than they save multiply-adds."""
+
+_BYTES_AHEAD = 2048
+"""How far ahead weights are fetched: enough to be in time from memory, and past the ends of pages, where hardware
+stops."""
 
 _MOST_VECTORS = 8
 """Of images at a time."""
@@ -83,23 +88,25 @@ def sparse_dense(
     lanes: int,
     *,
     gather: bool,
+    prefetch: bool,
 ) -> te.Tensor:
     """Multiply.
 
     Args:
         data: (batch, inputs) float32. values, indices, indptr: SparseRows of formats.pack_dense.
-        lanes: of the target's vectors. gather: whether it has AVX2's gather and is good at it.
+        lanes: of the target's vectors. gather: whether it has AVX2's gather and is good at it. prefetch: whether code
+            for it can fetch ahead.
 
     Returns:
         (batch, outputs).
     """
     if plan.batch == 1:
         gather = gather and plan.group == GROUP
-        body = partial(_one_image, plan, GROUP if gather else min(lanes, plan.group, _INSERTED), gather)
+        body = partial(_one_image, plan, GROUP if gather else min(lanes, plan.group, _INSERTED), gather, prefetch)
     else:
         block = image_block(plan.batch, lanes)
         data = _columns(data, plan, block)
-        body = partial(_images, plan, block)
+        body = partial(_images, plan, block, prefetch)
     return te.extern(
         (plan.batch, plan.outputs),
         [data, values, indices, indptr],
@@ -125,6 +132,7 @@ def _one_image(
     plan: DensePlan,
     lanes: int,
     gather: bool,
+    prefetch: bool,
     data: tir.Buffer,
     values: tir.Buffer,
     indices: tir.Buffer,
@@ -140,6 +148,8 @@ def _one_image(
             code.set(vector, code.splat(0.0))
         start = code.let(tir.BufferLoad(indptr, [k]))
         with ib.for_range(0, tir.BufferLoad(indptr, [k + 1]) - start, name="e") as e:
+            if prefetch:
+                _fetch_ahead(ib, (values, indices), (start + e) * plan.group)
             for v, vector in enumerate(sums):
                 at = (start + e) * plan.group + v * lanes
                 place = code.load(indices, at).astype("int32" if lanes == 1 else f"int32x{lanes}")
@@ -153,6 +163,7 @@ def _one_image(
 def _images(
     plan: DensePlan,
     block: ImageBlock,
+    prefetch: bool,
     columns: tir.Buffer,
     values: tir.Buffer,
     indices: tir.Buffer,
@@ -171,6 +182,8 @@ def _images(
             code.set(vector, code.splat(0.0))
         start = code.let(tir.BufferLoad(indptr, [k]))
         with ib.for_range(0, tir.BufferLoad(indptr, [k + 1]) - start, name="e") as e:
+            if prefetch:
+                _fetch_ahead(ib, (values, indices), (start + e) * plan.group)
             for g in range(plan.group):
                 at = (start + e) * plan.group + g
                 weight = code.splat(tir.BufferLoad(values, [at]))
@@ -186,6 +199,15 @@ def _images(
                 with ib.if_scope(image < plan.batch):
                     ib.emit(tir.BufferStore(out, element, [image, k]))
     return ib.get()
+
+
+def _fetch_ahead(ib: tvm.tir.ir_builder.IRBuilder, buffers: Sequence[tir.Buffer], at: tir.PrimExpr) -> None:
+    """Of what is read from `at` on. Beyond the end this is harmless."""
+    for buffer in buffers:
+        ahead = _BYTES_AHEAD // (tvm.DataType(buffer.dtype).bits // 8)
+        place = tir.address_of(tir.BufferLoad(buffer, [at + ahead]))
+        to_read, every_level, data = (tir.const(number, "int32") for number in (0, 3, 1))
+        ib.emit(tir.Evaluate(tir.call_intrin("handle", "tir.prefetch", place, to_read, every_level, data)))
 
 
 def _gathered(data: tir.Buffer, place: tir.PrimExpr) -> tir.PrimExpr:

@@ -15,6 +15,7 @@ from jointsparse.passes import sparsify
 from jointsparse.passes.convolutions import find_convolutions
 from jointsparse.passes.costs import LinearCostModel, break_even_sparsity
 from jointsparse.schedules.geometry import ConvGeometry
+from jointsparse.schedules.winograd_pruning import ATTRIBUTE, WinogradPruning, dump
 from tests.passes.relay_nets import HOST, TOLERANCE, build_and_run, check_domain, data, import_torch, in_fp64
 from tests.reference import relative_rms
 
@@ -133,3 +134,13 @@ def test_a_dense_layer_beside_sparse_ones_still_computes():
     assert plan["0"].sparse
     x = data((1, 300))
     assert relative_rms(build_and_run(result, left, x), in_fp64(net, x)) < TOLERANCE["spatial"]
+
+
+def test_a_winograd_threshold_for_a_fully_connected_layer_is_no_silent_one():
+    x, w = relay.var("x", shape=(1, 8)), relay.var("fc.weight", shape=(4, 8))
+    threshold = dump({"fc.weight": WinogradPruning(4, 0.5, True)})
+    mod = tvm.IRModule.from_expr(relay.nn.dense(x, w)).with_attr(ATTRIBUTE, threshold)
+    _, _, plan = sparsify(mod, {"fc.weight": data((4, 8))}, HOST, "winograd")
+    (warning,) = plan.warnings
+    assert "fc.weight" in warning
+    assert "fully-connected layers, which Winograd convolution does not reach" in warning
