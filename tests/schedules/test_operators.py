@@ -20,8 +20,10 @@ from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import (
     DIRECT,
+    DIRECT_ADD,
     FROM_TILES,
     WINOGRAD,
+    WINOGRAD_ADD,
     conv2d_sparse_direct,
     conv2d_sparse_winograd,
     out_of_tiles,
@@ -136,6 +138,31 @@ def test_other_tiles_than_an_operator_was_made_for_are_refused(kind: tuple) -> N
     for call in calls:
         with pytest.raises((tvm.TVMError, TypeError), match="is made for float32 data of "):
             relay.transform.InferType()(tvm.IRModule.from_expr(relay.Function([x], call)))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("bias", "residual", "message"),
+    [
+        ((5,), None, r"float32 bias of shape \(6,\), got"),
+        ((1, 6), None, r"float32 bias of shape \(6,\), got"),
+        ((6,), (1, 5, 11, 13), r"float32 residual of shape \(1, 6, .*\), got"),
+        ((6,), (6, 1, 1), r"float32 residual of shape \(1, 6, .*\), got"),
+    ],
+    ids=["short bias", "deep bias", "other residual", "broadcast residual"],
+)
+def test_bias_and_residual_of_another_shape_are_refused(
+    tile: int, bias: tuple[int, ...], residual: tuple[int, ...] | None, message: str
+) -> None:
+    body = module(SMALL, lambda y: y, tile)["main"].body
+    convolution = body.args[0] if tile else body
+    arguments = [*convolution.args[:4], relay.const(np.zeros(bias, np.float32))]
+    names = (WINOGRAD, WINOGRAD_ADD) if tile else (DIRECT, DIRECT_ADD)
+    if residual is not None:
+        arguments.append(relay.const(np.zeros(residual, np.float32)))
+    call = relay.Call(relay.op.get(names[residual is not None]), arguments, convolution.attrs)
+    with pytest.raises((tvm.TVMError, TypeError), match=f"is made for {message}"):
+        relay.transform.InferType()(tvm.IRModule.from_expr(relay.Function(relay.analysis.free_vars(call), call)))
 
 
 @BOTH
