@@ -1,10 +1,10 @@
 """The sparse layers as Relay expressions; importing this module registers their operators and readies LLVM.
 
-``jointsparse.conv2d_sparse_direct`` takes data and three constants (values, indices, indptr: SparseRows of formats.py)
-and is otherwise like ``nn.conv2d`` in NCHW, float32: what may follow a convolution is fused into it.
-``jointsparse.conv2d_sparse_winograd`` works on images in tile layout, into and out of which ``jointsparse.to_tiles``
-and ``jointsparse.from_tiles`` bring them; it adds a bias, in its form ``..._add`` a residual as well, and activates.
-``jointsparse.dense_sparse`` is otherwise like ``nn.dense``.
+``jointsparse.conv2d_sparse_direct`` takes data, three constants (values, indices, indptr: SparseRows of formats.py) and
+a bias, in its form ``..._add`` a residual as well, which it adds before it activates; NCHW, float32.
+``jointsparse.conv2d_sparse_winograd`` does the same with images in tile layout, into and out of which
+``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them.
+``jointsparse.dense_sparse`` is otherwise like ``nn.dense``: what may follow it is fused into it.
 Attributes hold the whole geometry, so the type of the result follows from them.
 """
 
@@ -26,7 +26,7 @@ from .formats import SparseRows, pack_dense, pack_direct, pack_winograd
 from .geometry import ConvGeometry
 from .max_pool import PoolGeometry
 from .max_pool import max_pool2d as max_pool2d_compute
-from .registration import call, plain, register, unpack
+from .registration import OtherShape, call, plain, register, unpack
 from .sparse_dense import DensePlan, nonzero_group, sparse_dense
 from .sparse_direct import sparse_direct
 from .sparse_winograd import sparse_winograd
@@ -83,7 +83,7 @@ def conv2d_sparse_direct(
     """
     _refuse(why_not_direct(geometry, target))
     plan = direct_plan(geometry, cpu_facts(target))
-    rows = pack_direct(weight.reshape(plan.geometry.weight_shape), plan)
+    rows = pack_direct(weight, plan)
     bias = relay.const(np.zeros(geometry.out_channels, np.float32))
     blocks = {name: getattr(plan, name) for name in _DIRECT_PLAN}
     return call(DIRECT, [data, *_constants(rows), bias], **asdict(geometry), **asdict(Activation()), **blocks)
@@ -320,8 +320,10 @@ _WEIGHTS = {
 }
 _CONVOLUTION = {"data": "input", **_WEIGHTS, "bias": "of each filter"}
 _WITH_RESIDUAL = {**_CONVOLUTION, "residual": "of the shape of the result"}
+_BIAS: dict[str, OtherShape] = {"bias": lambda result: result[1:2]}
+_BIAS_AND_RESIDUAL: dict[str, OtherShape] = {**_BIAS, "residual": lambda result: result}
 
-for _name, _arguments in ((DIRECT, _CONVOLUTION), (DIRECT_ADD, _WITH_RESIDUAL)):
+for _name, _arguments, _others in ((DIRECT, _CONVOLUTION, _BIAS), (DIRECT_ADD, _WITH_RESIDUAL, _BIAS_AND_RESIDUAL)):
     register(
         _name,
         "Sparse direct convolution of images NCHW, bias, residual and activation.",
@@ -330,9 +332,9 @@ for _name, _arguments in ((DIRECT, _CONVOLUTION), (DIRECT_ADD, _WITH_RESIDUAL)):
         lambda attrs, data: unpack(ConvGeometry, attrs).out_shape,
         _compute_direct,
         _as_it_is,
-        fusable=False,
+        other_shapes=_others,
     )
-for _name, _arguments in ((WINOGRAD, _CONVOLUTION), (WINOGRAD_ADD, _WITH_RESIDUAL)):
+for _name, _arguments, _others in ((WINOGRAD, _CONVOLUTION, _BIAS), (WINOGRAD_ADD, _WITH_RESIDUAL, _BIAS_AND_RESIDUAL)):
     register(
         _name,
         "Sparse Winograd convolution of images in tile layout, bias, residual and activation.",
@@ -341,7 +343,7 @@ for _name, _arguments in ((WINOGRAD, _CONVOLUTION), (WINOGRAD_ADD, _WITH_RESIDUA
         _winograd_result,
         _compute_winograd,
         _as_it_is,
-        fusable=False,
+        other_shapes=_others,
     )
 register(
     DENSE_SPARSE,
@@ -361,7 +363,6 @@ register(
     lambda attrs, data: unpack(TileLayout, attrs).shape(data[0], data[1]),
     lambda attrs, inputs, target: to_tiles(inputs[0], unpack(TileLayout, attrs), plain(attrs["offset"])),
     _as_it_is,
-    fusable=False,
 )
 register(
     FROM_TILES,
@@ -371,7 +372,6 @@ register(
     _image_shape,
     lambda attrs, inputs, target: from_tiles(inputs[0], unpack(TileLayout, attrs)),
     _as_it_is,
-    fusable=False,
 )
 register(
     MAX_POOL,
@@ -381,6 +381,5 @@ register(
     lambda attrs, data: (data[0], data[1], *unpack(PoolGeometry, attrs).out),
     lambda attrs, inputs, target: max_pool2d_compute(inputs[0], unpack(PoolGeometry, attrs)),
     _as_it_is,
-    fusable=False,
 )
 llvm_workaround.apply()

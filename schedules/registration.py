@@ -25,6 +25,7 @@ Compute = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Te
 Schedule = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Schedule]
 DataShape = Callable[[tvm.ir.Attrs, Sequence[int | None]], Sequence[int | None]]
 ResultShape = Callable[[tvm.ir.Attrs, Sequence[int]], Sequence[int]]
+OtherShape = Callable[[Sequence[int]], Sequence[int]]
 _Sizes = tuple[int | None, ...]
 _Shapes = tuple[_Sizes, tuple[int, ...]]
 
@@ -38,7 +39,8 @@ def register(
     compute: Compute,
     schedule: Schedule,
     *,
-    fusable: bool,
+    other_shapes: Mapping[str, OtherShape] | None = None,
+    fusable: bool = False,
 ) -> None:
     """Register an operator of float32 data.
 
@@ -47,6 +49,7 @@ def register(
         data_shape: of the data that a call is made for, from its attributes and the shape that it is given (None for
             what is not fixed).
         result_shape: from attributes and shape of the data.
+        other_shapes: of further arguments that are float32, by name, from the shape of the result.
         fusable: whether what follows it elementwise becomes part of its schedule.
     """
     relay_op.register(name, description)
@@ -57,7 +60,9 @@ def register(
     operator.set_attrs_type_key("DictAttrs")
     # Passes ask for the type of a call again and again, more often the larger the network: most of its build otherwise.
     shapes = lru_cache(maxsize=4096)(lambda attrs, sizes: _shapes(data_shape, result_shape, attrs, sizes))
-    operator.add_type_rel(name, lambda types, attrs: _result_type(name, shapes, types, attrs))
+    names = list(arguments)
+    others = {names.index(argument): (argument, shape) for argument, shape in (other_shapes or {}).items()}
+    operator.add_type_rel(name, lambda types, attrs: _result_type(name, shapes, others, types, attrs))
     operator.set_support_level(10)
     pattern = relay_op.OpPattern.OUT_ELEMWISE_FUSABLE if fusable else relay_op.OpPattern.OPAQUE
     relay_op.register_pattern(name, pattern)
@@ -98,13 +103,9 @@ def plain(value: Any) -> Any:
         return tuple(plain(v) for v in value)
     if isinstance(value, tvm.tir.IntImm):
         return bool(value.value) if value.dtype == "bool" else int(value.value)
-    return (
-        float(value.value)
-        if isinstance(value, tvm.tir.FloatImm)
-        else value
-        if isinstance(value, int | float)
-        else str(value)
-    )
+    if isinstance(value, tvm.tir.FloatImm):
+        return float(value.value)
+    return value if isinstance(value, int | float) else str(value)
 
 
 def _shapes(data_shape: DataShape, result_shape: ResultShape, attrs: tvm.ir.Attrs, sizes: _Sizes) -> _Shapes:
@@ -116,15 +117,24 @@ def _shapes(data_shape: DataShape, result_shape: ResultShape, attrs: tvm.ir.Attr
 def _result_type(
     name: str,
     shapes: Callable[[tvm.ir.Attrs, _Sizes], _Shapes],
+    others: Mapping[int, tuple[str, OtherShape]],
     types: Sequence[tvm.ir.Type],
     attrs: tvm.ir.Attrs,
 ) -> tvm.ir.Type | None:
-    data = types[0]
-    if not isinstance(data, relay.TensorType):
+    if not all(isinstance(types[place], relay.TensorType) for place in (0, *others)):
         return None
-    sizes = tuple(int(size) if isinstance(size, tvm.tir.IntImm) else None for size in data.shape)
-    expected, result = shapes(attrs, sizes)
-    if data.dtype != "float32" or sizes != expected or None in expected:
-        shape = "fixed shape" if None in expected else f"shape {expected}"
-        raise TypeError(f"{name} is made for float32 data of {shape}, got {data}")
+    expected, result = shapes(attrs, _sizes(types[0]))
+    _check(name, "data", types[0], expected)
+    for place, (argument, shape) in others.items():
+        _check(name, argument, types[place], tuple(shape(result)))
     return relay.TensorType(list(result), "float32")
+
+
+def _check(name: str, argument: str, given: relay.TensorType, expected: _Sizes) -> None:
+    if given.dtype != "float32" or _sizes(given) != expected or None in expected:
+        shape = "fixed shape" if None in expected else f"shape {expected}"
+        raise TypeError(f"{name} is made for float32 {argument} of {shape}, got {given}")
+
+
+def _sizes(given: relay.TensorType) -> _Sizes:
+    return tuple(int(size) if isinstance(size, tvm.tir.IntImm) else None for size in given.shape)

@@ -20,8 +20,10 @@ from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import (
     DIRECT,
+    DIRECT_ADD,
     FROM_TILES,
     WINOGRAD,
+    WINOGRAD_ADD,
     conv2d_sparse_direct,
     conv2d_sparse_winograd,
     out_of_tiles,
@@ -139,6 +141,31 @@ def test_other_tiles_than_an_operator_was_made_for_are_refused(kind: tuple) -> N
 
 
 @BOTH
+@pytest.mark.parametrize(
+    ("bias", "residual", "message"),
+    [
+        ((5,), None, r"float32 bias of shape \(6,\), got"),
+        ((1, 6), None, r"float32 bias of shape \(6,\), got"),
+        ((6,), (1, 5, 11, 13), r"float32 residual of shape \(1, 6, .*\), got"),
+        ((6,), (6, 1, 1), r"float32 residual of shape \(1, 6, .*\), got"),
+    ],
+    ids=["short bias", "deep bias", "other residual", "broadcast residual"],
+)
+def test_bias_and_residual_of_another_shape_are_refused(
+    tile: int, bias: tuple[int, ...], residual: tuple[int, ...] | None, message: str
+) -> None:
+    body = module(SMALL, lambda y: y, tile)["main"].body
+    convolution = body.args[0] if tile else body
+    arguments = [*convolution.args[:4], relay.const(np.zeros(bias, np.float32))]
+    names = (WINOGRAD, WINOGRAD_ADD) if tile else (DIRECT, DIRECT_ADD)
+    if residual is not None:
+        arguments.append(relay.const(np.zeros(residual, np.float32)))
+    call = relay.Call(relay.op.get(names[residual is not None]), arguments, convolution.attrs)
+    with pytest.raises((tvm.TVMError, TypeError), match=f"is made for {message}"):
+        relay.transform.InferType()(tvm.IRModule.from_expr(relay.Function(relay.analysis.free_vars(call), call)))
+
+
+@BOTH
 def test_text_and_json_round_trip(tile: int) -> None:
     mod = relay.transform.InferType()(module(SMALL, relay.nn.relu, tile))
     assert (WINOGRAD if tile else DIRECT) in mod.astext(show_meta_data=False)
@@ -244,16 +271,34 @@ def _after() -> dict[str, Callable[[relay.Expr], relay.Expr]]:
     }
 
 
-@BOTH
+@pytest.fixture(scope="module", params=[0, 4], ids=["direct", "winograd"])
+def followed(request: pytest.FixtureRequest) -> dict[str, tuple[NDArray, NDArray]]:
+    """Of what follows a convolution: its result, and that of the same graph with the convolution's result fed in.
+
+    All in one library, where the convolutions share a kernel.
+    """
+    tile, data = request.param, data_of(SMALL)
+    x = relay.var("x", shape=data.shape)
+    inputs, parameters, results, wanted = {"x": data}, [x], [], []
+    for seed, after in enumerate(_after().values()):
+        weight = weights(SMALL, tile, seed=seed)
+        y = relay.var(f"y{seed}", shape=SMALL.out_shape)
+        inputs[y.name_hint] = expected(data, weight, SMALL, tile).astype(np.float32)
+        parameters.append(y)
+        results.append(after(sparse(x, weight, SMALL, tile)))
+        wanted.append(after(y))
+    body = relay.Tuple([*results, *wanted])
+    library = build(tvm.IRModule.from_expr(relay.Function(parameters, body)))
+    executor = graph_executor.GraphModule(library["default"](tvm.cpu()))
+    executor.set_input(**inputs)
+    executor.run()
+    outputs = [executor.get_output(i).numpy() for i in range(executor.get_num_outputs())]
+    return dict(zip(_after(), zip(outputs[: len(results)], outputs[len(results) :], strict=True), strict=True))
+
+
 @pytest.mark.parametrize("name", _after())
-def test_whatever_follows(tile: int, name: str) -> None:
-    """The same graph with the convolution's result fed in must give the same."""
-    after = _after()[name]
-    data = data_of(SMALL)
-    plain = expected(data, weights(SMALL, tile), SMALL, tile).astype(np.float32)
-    y = relay.var("y", shape=SMALL.out_shape)
-    want = run(build(tvm.IRModule.from_expr(relay.Function([y], after(y)))), y=plain)
-    got = run(build(module(SMALL, after, tile)), x=data)
+def test_whatever_follows(name: str, followed: dict[str, tuple[NDArray, NDArray]]) -> None:
+    got, want = followed[name]
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
 
@@ -483,8 +528,7 @@ def test_direct_in_blocks(geometry: ConvGeometry) -> None:
 
 
 @needs_avx2
-@pytest.mark.parametrize("tile", [2, 4])
-@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize(("tile", "size"), [(2, 3), (4, 3), (2, 5)])
 @pytest.mark.parametrize("shape", [(7, 5, 130, 170), (32, 33, 61, 35), (96, 3, 30, 29)], ids=["wide", "tall", "deep"])
 def test_winograd_in_blocks(tile: int, size: int, shape: tuple[int, int, int, int]) -> None:
     channels, filters, height, width = shape

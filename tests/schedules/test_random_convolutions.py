@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -59,10 +60,13 @@ def test_direct() -> None:
 
 
 def test_winograd() -> None:
-    _check_many(winograd_case)
+    seen = _check_many(winograd_case)
+    kinds = Counter((case.geometry.kernel, case.tile) for case in seen)
+    assert len(kinds) == 4
+    assert min(kinds.values()) >= 8
 
 
-def _check_many(draw_case: Callable[..., Case]) -> None:
+def _check_many(draw_case: Callable[..., Case]) -> list[Case]:
     """Draw, build and compare; then see that what was drawn is as varied as it should be."""
     seen: dict[ConvGeometry, tuple[Case, str]] = {}
 
@@ -88,7 +92,9 @@ def _check_many(draw_case: Callable[..., Case]) -> None:
     blocks = [_blocks(case, target) for case, target in seen.values()]
     assert sum(number > 1 for number in blocks) >= 10
     # Blocks run in parallel from 4 on; with fewer, channels.
+    assert sum(number == 1 for number in blocks) >= 10
     assert sum(number >= 4 for number in blocks) >= 5
+    return [case for case, _ in seen.values()]
 
 
 def _blocks(case: Case, target: str) -> int:

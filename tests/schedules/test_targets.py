@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ ARM = "llvm -mtriple=aarch64-linux-gnu -mattr=+neon"
 ARM32 = "llvm -mtriple=armv7-linux-gnueabihf -mattr=+neon"
 
 
+@cache
 def library(target: str, tile: int = 0, geometry: ConvGeometry = LAYER) -> tvm.runtime.Module:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(geometry.weight_shape).astype(np.float32)

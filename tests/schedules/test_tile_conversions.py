@@ -52,7 +52,7 @@ def images(*shape: int) -> NDArray:
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
+@pytest.mark.parametrize("lanes", [1, 8])
 @pytest.mark.parametrize("m", [2, 4])
 @pytest.mark.parametrize("halo", [1, 2])
 def test_into_tiles_and_back(kind: str, lanes: int, m: int, halo: int) -> None:
@@ -63,8 +63,8 @@ def test_into_tiles_and_back(kind: str, lanes: int, m: int, halo: int) -> None:
     np.testing.assert_array_equal(run([tiles], [source], from_tiles(source, layout)), data)
 
 
-@pytest.mark.parametrize("height", [1, 3, 4, 5, 8])
-@pytest.mark.parametrize("width", [1, 2, 4, 7, 16])
+@pytest.mark.parametrize("height", [1, 4, 7])
+@pytest.mark.parametrize("width", [2, 4, 17])
 @pytest.mark.parametrize("spread", [False, True], ids=["shared", "spread"])
 def test_sizes(height: int, width: int, spread: bool) -> None:
     layout, data = TileLayout(height, width, 4, 1 if spread else 4, spread, 4), images(1, 2, height, width)
@@ -75,7 +75,7 @@ def test_sizes(height: int, width: int, spread: bool) -> None:
 
 
 @pytest.mark.parametrize("offset", [(0, 0), (-1, -1), (1, 1), (-2, 3), (3, -2), (-1, 0), (0, 12), (15, 2)])
-@pytest.mark.parametrize(("m", "halo"), [(2, 1), (2, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("m", "halo"), [(2, 2), (4, 1)])
 def test_offsets(offset: tuple[int, int], m: int, halo: int) -> None:
     """Beside the layout's image there may be pixels of the data, as far as a filter reaches."""
     data = images(2, 2, 11, 10)
