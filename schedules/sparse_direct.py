@@ -232,5 +232,5 @@ class _Kernel:
     def _pixel(self, image: tir.Buffer, row: tir.PrimExpr, col: tir.PrimExpr) -> tuple[tir.PrimExpr, tir.PrimExpr]:
         """Where a pixel is that the plan counts in one row. TVM folds the division back into the flat offset."""
         width = int(image.shape[3])
-        is_in_one_row = int(image.shape[2]) != 1 and self.geometry.in_height == 1
+        is_in_one_row = int(image.shape[2]) != 1 and self.geometry.in_height == self.geometry.out_height == 1
         return (col // width, tir.floormod(col, width)) if is_in_one_row else (row, col)

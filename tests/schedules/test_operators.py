@@ -481,6 +481,7 @@ TRAPS = {
     "strided 1x1": ConvGeometry(1, 5, 9, 9, 7, (1, 1), strides=(2, 2)),
     "stride larger than the filter": ConvGeometry(2, 3, 20, 21, 4, (2, 2), strides=(5, 9)),
     "one pixel": ConvGeometry(1, 3, 1, 1, 5, (1, 1)),
+    "padding above a row": ConvGeometry(2, 3, 1, 7, 5, (1, 3), strides=(1, 4), padding=(5, 3, 3, 0), dilation=(1, 3)),
 }
 
 
