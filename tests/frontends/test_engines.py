@@ -343,7 +343,14 @@ def test_tvm_threads_have_a_core_each() -> None:
 import os
 from jointsparse.frontends.engines.tvm_build import bind_threads
 bind_threads(2)
-masks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+
+def affinity(task):
+    try:
+        return os.sched_getaffinity(int(task))
+    except ProcessLookupError:  # has ended since it was listed
+        return set()
+
+masks = [affinity(task) for task in os.listdir("/proc/self/task")]
 print(sorted(os.sched_getaffinity(0))[1], *(next(iter(mask)) for mask in masks if len(mask) == 1))
 """
     done = subprocess.run(
