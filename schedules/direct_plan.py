@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from .blocking import Cpu
-from .geometry import ConvGeometry
+from .geometry import ConvGeometry, round_up
 
 _FLOAT = 4  # bytes
 
@@ -101,15 +101,15 @@ def _candidates(geometry: ConvGeometry, cpu: Cpu) -> Iterator[DirectPlan]:
         step = max(1, lanes // cols)
     else:
         across = -(-geometry.out_width // (most * lanes))
-        cols, step = _up(-(-geometry.out_width // across), lanes), 1
+        cols, step = round_up(-(-geometry.out_width // across), lanes), 1
         if across > 1 or geometry.out_height == 1:
             # One row: more blocks across may be better than full registers.
             for parts in range(across, 3 * across + 1):
-                narrow = _up(-(-geometry.out_width // parts), lanes)
+                narrow = round_up(-(-geometry.out_width // parts), lanes)
                 yield _plan(geometry, cpu, 1, narrow)
     for rows in range(step, max(step, most * lanes // cols // step * step) + 1, step):
         down = -(-geometry.out_height // rows)
-        yield _plan(geometry, cpu, _up(-(-geometry.out_height // down), step), cols)
+        yield _plan(geometry, cpu, round_up(-(-geometry.out_height // down), step), cols)
 
 
 def _plan(geometry: ConvGeometry, cpu: Cpu, rows: int, cols: int) -> DirectPlan:
@@ -147,7 +147,3 @@ def _channels(geometry: ConvGeometry, fitting: int) -> int:
     of_group = geometry.in_channels // geometry.groups
     together = [g for g in range(1, geometry.groups + 1) if geometry.groups % g == 0 and g * of_group <= fitting]
     return of_group * max(together, default=1)
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

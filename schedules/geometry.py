@@ -92,3 +92,8 @@ class ConvGeometry:
         """Multiplications of the dense direct convolution."""
         _, channels, height, width = self.weight_shape
         return self.batch * self.out_height * self.out_width * self.out_channels * channels * height * width
+
+
+def round_up(value: int, multiple: int) -> int:
+    """To the next multiple."""
+    return -(-value // multiple) * multiple

@@ -10,12 +10,12 @@ It is written in TIR, not TE, which cannot go on with a data-dependent sum where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tvm
 from tvm import te, tir
 
+from .convolution_buffers import ConvolutionBuffers, convolution
 from .direct_plan import DirectPlan
 from .epilogues import Activation
 from .vector_code import VectorCode
@@ -50,25 +50,13 @@ def sparse_direct(
     Returns:
         (N, K, output height, output width).
     """
-    inputs = [data, values, indices, indptr, bias, *([] if residual is None else [residual])]
-
-    def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
-        data, values, indices, indptr, bias, *rest = ins
-        arguments = _Arguments(data, values, indices, indptr, bias, rest[0] if rest else None, outs[0])
-        return _Kernel(arguments, plan, activation).emit()
-
-    return te.extern([shape], inputs, emit, name="direct", dtype="float32")
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    data: tir.Buffer
-    values: tir.Buffer
-    indices: tir.Buffer
-    indptr: tir.Buffer
-    bias: tir.Buffer
-    residual: tir.Buffer | None
-    result: tir.Buffer
+    return convolution(
+        "direct",
+        shape,
+        [data, values, indices, indptr, bias],
+        residual,
+        lambda buffers: _Kernel(buffers, plan, activation).emit(),
+    )
 
 
 @dataclass(frozen=True)
@@ -89,8 +77,8 @@ def blocks_in_parallel(plan: DirectPlan) -> bool:
 class _Kernel:
     """Emits one convolution."""
 
-    def __init__(self, arguments: _Arguments, plan: DirectPlan, activation: Activation) -> None:
-        self.buffers = arguments
+    def __init__(self, buffers: ConvolutionBuffers, plan: DirectPlan, activation: Activation) -> None:
+        self.buffers = buffers
         self.plan = plan
         self.geometry = plan.geometry
         self.activation = activation

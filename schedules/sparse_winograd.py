@@ -20,7 +20,9 @@ import tvm
 from tvm import te, tir
 
 from .blocking import WinogradBlocking
+from .convolution_buffers import ConvolutionBuffers, convolution
 from .epilogues import Activation
+from .geometry import round_up
 from .tiles import TileLayout
 from .vector_code import VectorCode, even_odd
 from .winograd import Matrix, transform
@@ -55,26 +57,14 @@ def sparse_winograd(
     Returns:
         (N, K, planes, size) in the plan's result layout, zero around the image.
     """
-    inputs = [data, values, indices, indptr, bias, *([] if residual is None else [residual])]
-
-    def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
-        data, values, indices, indptr, bias, *rest = ins
-        arguments = _Arguments(data, values, indices, indptr, bias, rest[0] if rest else None, outs[0])
-        return _Kernel(arguments, plan, activation).emit()
-
     shape = plan.result.shape(plan.geometry.batch, plan.geometry.out_channels)
-    return te.extern([shape], inputs, emit, name="winograd", dtype="float32")
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    data: tir.Buffer
-    values: tir.Buffer
-    indices: tir.Buffer
-    indptr: tir.Buffer
-    bias: tir.Buffer
-    residual: tir.Buffer | None
-    result: tir.Buffer
+    return convolution(
+        "winograd",
+        shape,
+        [data, values, indices, indptr, bias],
+        residual,
+        lambda buffers: _Kernel(buffers, plan, activation).emit(),
+    )
 
 
 @dataclass(frozen=True)
@@ -89,8 +79,8 @@ class _Block:
 class _Kernel:
     """Emits one convolution."""
 
-    def __init__(self, arguments: _Arguments, plan: WinogradPlan, activation: Activation) -> None:
-        self.buffers = arguments
+    def __init__(self, buffers: ConvolutionBuffers, plan: WinogradPlan, activation: Activation) -> None:
+        self.buffers = buffers
         self.geometry, self.blocking = plan.geometry, plan.blocking
         self.source, self.result = plan.source, plan.result
         self.activation = activation
@@ -254,7 +244,7 @@ class _Kernel:
         with self.code.loop(places, "place") as i:
             # Counted from a row of tiles further up, for the division to be one of positive numbers.
             place = block.number * (self.blocking.vectors * self.lanes) + i - self.lanes + result.margin
-            above = _up(result.margin, result.cols) - result.margin
+            above = round_up(result.margin, result.cols) - result.margin
             row, col = (place + above) // result.cols, tir.floormod(place + above, result.cols)
             first = (result.margin + above) // result.cols
             is_tile = tir.all(row >= first, row < first + result.grid[0], col < result.grid[1])
@@ -325,7 +315,3 @@ def _tree_sum(terms: list[tir.PrimExpr]) -> tir.PrimExpr:
         pairs = [sum(terms[i + 1 : i + 2], start=terms[i]) for i in range(0, len(terms), 2)]
         terms = pairs
     return terms[0]
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
+from .geometry import round_up
+
 
 @dataclass(frozen=True)
 class TileLayout:
@@ -57,7 +59,7 @@ class TileLayout:
     @property
     def margin(self) -> int:
         """Places of zeros before the first tile, and behind the last vector."""
-        return _up(self.cols + 1, self.lanes)
+        return round_up(self.cols + 1, self.lanes)
 
     @property
     def vectors(self) -> int:
@@ -91,7 +93,3 @@ def tile_layout(height: int, width: int, m: int, halo: int, lanes: int) -> TileL
     shared = TileLayout(height, width, m, m, False, lanes)
     spread = replace(shared, halo=halo, spread=True)
     return spread if spread.vectors <= 0.75 * shared.vectors else shared
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
