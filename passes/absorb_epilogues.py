@@ -66,10 +66,12 @@ class _Rewriter(Rewriter):
             convolution = self.open.get(node)
             if convolution is None:
                 continue
-            *weights, bias = convolution.args[:5]
+            place = _place(convolution, "bias")
+            bias = convolution.args[place]
             added = _by_channel(call, other, bias.data.shape[0])
             if added is not None:
-                arguments = [*weights, relay.const(bias.data.numpy() + added), *convolution.args[5:]]
+                arguments = list(convolution.args)
+                arguments[place] = relay.const(bias.data.numpy() + added)
                 return rebuilt(convolution, arguments)
         return None
 
@@ -114,6 +116,11 @@ def _result(convolution: relay.Call) -> relay.Expr:
 
 def _attributes(call: relay.Call) -> dict[str, object]:
     return {name: call.attrs[name] for name in call.attrs.keys()}  # noqa: SIM118
+
+
+def _place(call: relay.Call, argument: str) -> int:
+    """Of a named argument among all."""
+    return [str(info.name) for info in call.op.arguments].index(argument)
 
 
 def _either_way(call: relay.Call, *names: str) -> Sequence[tuple[relay.Expr, relay.Expr]]:

@@ -14,6 +14,8 @@ class Cpu(Protocol):
     @property
     def lanes(self) -> int: ...
     @property
+    def registers(self) -> int: ...
+    @property
     def l1(self) -> int: ...
     @property
     def accumulators(self) -> int: ...
@@ -25,37 +27,34 @@ class WinogradBlocking:
 
     Attributes:
         vectors: vectors of tiles in a block. blocks: of an image. last: vectors of the last block.
-        split: sums kept for each filter, of every split-th non-zero: with few vectors in a block, one sum would wait
-            for the addition before.
+        together: rows of weights computed side by side, for every vector of a block: loops end less often, and with few
+            vectors one sum would wait for the addition before.
     """
 
     vectors: int
     blocks: int
     last: int
-    split: int
+    together: int
 
     @classmethod
-    def of(cls, all_vectors: int, vectors: int, split: int) -> WinogradBlocking:
+    def of(cls, all_vectors: int, vectors: int, together: int) -> WinogradBlocking:
         """An image of `all_vectors` in blocks of `vectors`."""
         blocks = -(-all_vectors // vectors)
-        return cls(vectors, blocks, all_vectors - (blocks - 1) * vectors, split)
+        return cls(vectors, blocks, all_vectors - (blocks - 1) * vectors, together)
 
 
-_VECTORS = 6
-"""Measured from 64 to 512 channels with AVX-512 and AVX2: between four and seven it hardly matters."""
+_TILES = 32
+"""Of a block. A weight, once loaded, should meet some tiles; but with more, what is transformed at a time, and the images
+around it, leave the caches. Measured from 64 to 512 channels with AVX-512 and AVX2."""
+
+_TOGETHER = 4
+"""Rows of weights. With more it makes no difference."""
 
 
 @cache
 def winograd_blocking(vectors: int, cpu: Cpu) -> WinogradBlocking:
-    """Blocks for an image of so many vectors, evenly filled.
-
-    A weight, once loaded, should meet a few vectors; with many, what is transformed at a time leaves the caches.
-    """
-    blocks = -(-vectors // max(1, min(_VECTORS, cpu.accumulators // 2)))
+    """Blocks for an image of so many vectors, evenly filled, whose sums stay in three quarters of the registers."""
+    sums = cpu.registers * 3 // 4
+    blocks = -(-vectors // max(1, min(_TILES // cpu.lanes, sums // 2)))
     length = -(-vectors // blocks)
-    return WinogradBlocking.of(vectors, length, _split(length))
-
-
-def _split(vectors: int) -> int:
-    """Two multiply-adds a cycle, each of four cycles, need about eight sums at once; the next filter's overlap too."""
-    return {1: 4, 2: 4}.get(vectors, 1)
+    return WinogradBlocking.of(vectors, length, max(1, min(_TOGETHER, sums // length)))

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from .direct_plan import DirectPlan
 from .geometry import ConvGeometry
 from .sparse_dense import DensePlan, image_block
-from .sparse_winograd import SKEW
 from .winograd_plan import WinogradPlan
 
 _MOST = 2**31 - 1
@@ -53,10 +52,10 @@ def direct_buffers(plan: DirectPlan) -> dict[str, int]:
 
 def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:
     """Elements of what sparse Winograd convolution keeps in between."""
-    geometry, tiles = plan.geometry, plan.blocking.vectors * plan.result.lanes
+    geometry = plan.geometry
     return {
         "input in tiles": math.prod(plan.source.shape(geometry.batch, geometry.in_channels)),
         "result in tiles": math.prod(plan.result.shape(geometry.batch, geometry.out_channels)),
-        "transformed input": plan.positions * (geometry.in_channels * tiles + SKEW),
-        "products": plan.positions * (geometry.out_channels * tiles + SKEW),
+        "transformed input": plan.positions * plan.input_stride,
+        "products": plan.positions * plan.product_stride,
     }

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .direct_plan import DirectPlan
 from .geometry import ConvGeometry
+from .winograd_plan import WinogradPlan
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,22 @@ class SparseRows:
     indices: NDArray[np.integer]
     indptr: NDArray[np.int32]
     group: int = 1
+
+
+@dataclass(frozen=True)
+class BundledRows:
+    """Rows of non-zeros in bundles: so many rows side by side, the first non-zeros of all, then the second, and so on.
+
+    Attributes:
+        values, indices: as for SparseRows. What fills short rows up is zero times a channel of zeros.
+        indptr: int32, bundles + 1 long, counted in non-zeros of one row.
+        filters: int32, the filter of each row of each bundle; one more than there are where there is none.
+    """
+
+    values: NDArray[np.float32]
+    indices: NDArray[np.integer]
+    indptr: NDArray[np.int32]
+    filters: NDArray[np.int32]
 
 
 def pack_direct(weight: NDArray[np.floating], plan: DirectPlan) -> SparseRows:
@@ -55,25 +72,38 @@ def pack_direct(weight: NDArray[np.floating], plan: DirectPlan) -> SparseRows:
     return replace(packed, indices=packed.indices.astype(np.min_scalar_type(most)))
 
 
-def pack_winograd(winograd_weight: NDArray[np.floating], geometry: ConvGeometry, group: int = 1) -> SparseRows:
-    """Rows are (tile position, output channel), position first; an index is an input channel, in the fewest bytes.
+def pack_winograd(winograd_weight: NDArray[np.floating], plan: WinogradPlan) -> BundledRows:
+    """Rows are the filters of a tile position; an index says where a channel lies in the transformed input.
 
     Args:
         winograd_weight: (K, C / groups, n, n).
-        group: see SparseRows.
     """
+    geometry, together = plan.geometry, plan.blocking.together
+    filters, positions, places = geometry.out_channels, plan.positions, plan.bundles * plan.blocking.together
     _check_shape(winograd_weight, (*geometry.weight_shape[:2], *winograd_weight.shape[2:]))
-    by_position = winograd_weight.transpose(2, 3, 0, 1)
-    positions = by_position.shape[0] * by_position.shape[1]
-    u, v, out_channel, channel = np.nonzero(by_position)
-    row = (u * by_position.shape[1] + v) * geometry.out_channels + out_channel
-    rows = _rows(
-        by_position[u, v, out_channel, channel],
-        _whole_channel(geometry, out_channel, channel),
-        np.bincount(row, minlength=positions * geometry.out_channels),
-        group,
+    by_position = winograd_weight.transpose(2, 3, 0, 1).reshape(positions, filters, -1)
+    position, filter_, channel = np.nonzero(by_position)
+    counts = np.bincount(position * filters + filter_, minlength=positions * filters).reshape(positions, filters)
+    # Rows of like length share a bundle: little has to be filled up.
+    order = np.argsort(-counts, axis=1, kind="stable")
+    lengths = np.take_along_axis(counts, order, axis=1)
+    lengths = np.pad(lengths, ((0, 0), (0, places - filters))).reshape(-1, together).max(axis=1)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    bundle, lane = np.divmod(position * places + np.argsort(order, axis=1)[position, filter_], together)
+    within_row = np.arange(len(position)) - (np.cumsum(counts) - counts.ravel())[position * filters + filter_]
+    at = (starts[bundle] + within_row) * together + lane
+    values = np.zeros(_storage_length(int(starts[-1]) * together), np.float32)
+    values[at] = by_position[position, filter_, channel]
+    indices = np.full(len(values), geometry.in_channels)
+    indices[at] = _whole_channel(geometry, filter_, channel)
+    narrow = np.min_scalar_type(geometry.in_channels * plan.index_step)
+    rows = np.pad(order, ((0, 0), (0, places - filters)), constant_values=filters)
+    return BundledRows(
+        values,
+        (indices * plan.index_step).astype(narrow),
+        starts.astype(np.int32),
+        rows.astype(np.int32).ravel(),
     )
-    return replace(rows, indices=rows.indices.astype(np.min_scalar_type(geometry.in_channels - 1)))
 
 
 def pack_dense(weight: NDArray[np.floating], group: int = 1) -> SparseRows:

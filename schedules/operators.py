@@ -2,7 +2,8 @@
 
 ``jointsparse.conv2d_sparse_direct`` takes data, three constants (values, indices, indptr: SparseRows of formats.py) and
 a bias, in its form ``..._add`` a residual as well, which it adds before it activates; NCHW, float32.
-``jointsparse.conv2d_sparse_winograd`` does the same with images in tile layout, into and out of which
+``jointsparse.conv2d_sparse_winograd`` does the same, with one constant more (BundledRows), with images in tile layout,
+into and out of which
 ``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them.
 ``jointsparse.dense_sparse`` is otherwise like ``nn.dense``: what may follow it is fused into it.
 Attributes hold the whole geometry, so the type of the result follows from them.
@@ -22,7 +23,7 @@ from . import cpu_dense, llvm_workaround
 from .buffers import argument_buffers, dense_buffers, direct_buffers, why_too_large, winograd_buffers
 from .direct_plan import DirectPlan, direct_plan, in_one_row
 from .epilogues import Activation
-from .formats import SparseRows, pack_dense, pack_direct, pack_winograd
+from .formats import BundledRows, SparseRows, pack_dense, pack_direct, pack_winograd
 from .geometry import ConvGeometry
 from .max_pool import PoolGeometry
 from .max_pool import max_pool2d as max_pool2d_compute
@@ -116,13 +117,13 @@ def conv2d_sparse_winograd(
             f"{tuple(winograd_weight.shape)}"
         )
     plan = winograd_plan(geometry, m, cpu_facts(target))
-    rows = pack_winograd(winograd_weight, geometry, plan.blocking.split)
+    rows = pack_winograd(winograd_weight, plan)
     shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
     tiles = into_tiles(data, shape, plan.source, plan.offset)
     bias = relay.const(np.zeros(geometry.out_channels, np.float32))
     attributes = {**asdict(geometry), **asdict(Activation()), "tile": m, "lanes": plan.result.lanes}
-    attributes |= {"vectors": plan.blocking.vectors, "split": plan.blocking.split}
-    return out_of_tiles(call(WINOGRAD, [tiles, *_constants(rows), bias], **attributes), plan.result)
+    attributes |= {"vectors": plan.blocking.vectors, "together": plan.blocking.together}
+    return out_of_tiles(call(WINOGRAD, [tiles, *_constants(rows), relay.const(rows.filters), bias], **attributes), plan.result)
 
 
 def dense_sparse(
@@ -212,7 +213,7 @@ def _refuse(reason: str | None) -> None:
         raise ValueError(reason)
 
 
-def _constants(rows: SparseRows) -> list[relay.Expr]:
+def _constants(rows: SparseRows | BundledRows) -> list[relay.Expr]:
     return [relay.const(array) for array in (rows.values, rows.indices, rows.indptr)]
 
 
@@ -263,22 +264,24 @@ def _compute_direct(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tv
 
 def winograd_plan_of(attrs: tvm.ir.Attrs) -> WinogradPlan:
     """How a call of the Winograd operator computes, as decided when it was made."""
-    numbers = {name: int(attrs[name]) for name in ("tile", "lanes", "vectors", "split")}
+    numbers = {name: int(attrs[name]) for name in ("tile", "lanes", "vectors", "together")}
     return WinogradPlan.of(unpack(ConvGeometry, attrs), **numbers)
 
 
 def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
-    data, values, indices, indptr, bias, *residual = inputs
+    data, values, indices, indptr, filters, bias, *residual = inputs
     plan = winograd_plan_of(attrs)
     return sparse_winograd(
         data,
         values,
         indices,
         indptr,
+        filters,
         bias,
         residual[0] if residual else None,
         plan=plan,
         activation=unpack(Activation, attrs),
+        prefetch=target.kind.name == "llvm",
     )
 
 
@@ -319,11 +322,12 @@ _WEIGHTS = {
     "indptr": "start of each row",
 }
 _CONVOLUTION = {"data": "input", **_WEIGHTS, "bias": "of each filter"}
-_WITH_RESIDUAL = {**_CONVOLUTION, "residual": "of the shape of the result"}
+_WINOGRAD = {"data": "input", **_WEIGHTS, "filters": "filter of each row", "bias": "of each filter"}
+_RESIDUAL = {"residual": "of the shape of the result"}
 _BIAS: dict[str, OtherShape] = {"bias": lambda result: result[1:2]}
 _BIAS_AND_RESIDUAL: dict[str, OtherShape] = {**_BIAS, "residual": lambda result: result}
 
-for _name, _arguments, _others in ((DIRECT, _CONVOLUTION, _BIAS), (DIRECT_ADD, _WITH_RESIDUAL, _BIAS_AND_RESIDUAL)):
+for _name, _arguments, _others in ((DIRECT, _CONVOLUTION, _BIAS), (DIRECT_ADD, _CONVOLUTION | _RESIDUAL, _BIAS_AND_RESIDUAL)):
     register(
         _name,
         "Sparse direct convolution of images NCHW, bias, residual and activation.",
@@ -334,7 +338,7 @@ for _name, _arguments, _others in ((DIRECT, _CONVOLUTION, _BIAS), (DIRECT_ADD, _
         _as_it_is,
         other_shapes=_others,
     )
-for _name, _arguments, _others in ((WINOGRAD, _CONVOLUTION, _BIAS), (WINOGRAD_ADD, _WITH_RESIDUAL, _BIAS_AND_RESIDUAL)):
+for _name, _arguments, _others in ((WINOGRAD, _WINOGRAD, _BIAS), (WINOGRAD_ADD, _WINOGRAD | _RESIDUAL, _BIAS_AND_RESIDUAL)):
     register(
         _name,
         "Sparse Winograd convolution of images in tile layout, bias, residual and activation.",

@@ -53,8 +53,14 @@ def sparse_direct(
     return convolution(
         "direct",
         shape,
-        [data, values, indices, indptr, bias],
-        residual,
+        {
+            "data": data,
+            "values": values,
+            "indices": indices,
+            "indptr": indptr,
+            "bias": bias,
+            "residual": residual,
+        },
         lambda buffers: _Kernel(buffers, plan, activation).emit(),
     )
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import tvm
 from tvm import te, tir
@@ -28,9 +29,8 @@ from .vector_code import VectorCode, even_odd
 from .winograd import Matrix, transform
 from .winograd_plan import WinogradPlan
 
-SKEW = 16
-"""Rows of tile positions are a line (16 floats) more than their contents apart: at powers of two apart, the n x n
-positions of a tile would fight for the same few ways of L1."""
+_VALUES_AHEAD = 256
+"""Non-zeros from the one that is used to the one that is fetched: in a network weights come from beyond L2."""
 
 _NOWHERE = 2**30
 """Row or column of a place that is no tile's."""
@@ -41,18 +41,21 @@ def sparse_winograd(
     values: te.Tensor,
     indices: te.Tensor,
     indptr: te.Tensor,
+    filters: te.Tensor,
     bias: te.Tensor,
     residual: te.Tensor | None,
     *,
     plan: WinogradPlan,
     activation: Activation,
+    prefetch: bool,
 ) -> te.Tensor:
     """Convolve, add, activate.
 
     Args:
         data: (N, C, planes, size) in the plan's source layout, float32.
-        values, indices, indptr: SparseRows of formats.pack_winograd.
+        values, indices, indptr, filters: BundledRows of formats.pack_winograd.
         bias: (K,). residual: (N, K, planes, size) in the result's layout, or None.
+        prefetch: whether code for the target can fetch ahead.
 
     Returns:
         (N, K, planes, size) in the plan's result layout, zero around the image.
@@ -61,9 +64,16 @@ def sparse_winograd(
     return convolution(
         "winograd",
         shape,
-        [data, values, indices, indptr, bias],
-        residual,
-        lambda buffers: _Kernel(buffers, plan, activation).emit(),
+        {
+            "data": data,
+            "values": values,
+            "indices": indices,
+            "indptr": indptr,
+            "filters": filters,
+            "bias": bias,
+            "residual": residual,
+        },
+        lambda buffers: _Kernel(buffers, plan, activation, prefetch).emit(),
     )
 
 
@@ -79,14 +89,14 @@ class _Block:
 class _Kernel:
     """Emits one convolution."""
 
-    def __init__(self, buffers: ConvolutionBuffers, plan: WinogradPlan, activation: Activation) -> None:
+    def __init__(self, buffers: ConvolutionBuffers, plan: WinogradPlan, activation: Activation, prefetch: bool) -> None:
         self.buffers = buffers
-        self.geometry, self.blocking = plan.geometry, plan.blocking
+        self.plan, self.geometry, self.blocking = plan, plan.geometry, plan.blocking
         self.source, self.result = plan.source, plan.result
         self.activation = activation
         self.matrices = transform(plan.result.m, plan.geometry.kernel[0])
         self.ib = tvm.tir.ir_builder.create()
-        self.code = VectorCode(self.ib, plan.result.lanes)
+        self.code = VectorCode(self.ib, plan.result.lanes, prefetch=prefetch)
 
     @property
     def lanes(self) -> int:
@@ -125,13 +135,8 @@ class _Kernel:
     def _block(self, block: _Block, kind: str) -> None:
         """All three steps; each goes over what can be done in parallel, `kind` says whether it is."""
         geometry, float32 = self.geometry, "float32"
-        tiles = block.length * self.lanes
-        inputs = self.ib.allocate(
-            float32, self.positions * (geometry.in_channels * tiles + SKEW), name="V", scope="global"
-        )
-        products = self.ib.allocate(
-            float32, self.positions * (geometry.out_channels * tiles + SKEW), name="M", scope="global"
-        )
+        inputs = self.ib.allocate(float32, self.positions * self.plan.input_stride, name="V", scope="global")
+        products = self.ib.allocate(float32, self.positions * self.plan.product_stride, name="M", scope="global")
         with self.code.loop(geometry.in_channels, "c", kind) as c:
             self._transform_input(block, c, inputs._buffer)
         with self.code.loop(self.positions, "xi", kind) as xi:
@@ -144,11 +149,10 @@ class _Kernel:
     def _transform_input(self, block: _Block, c: tir.PrimExpr, inputs: tir.Buffer) -> None:
         """``V = BT d B`` for one channel."""
         code, n = self.code, self.matrices.n
-        tiles = block.length * self.lanes
-        stride = self.geometry.in_channels * tiles + SKEW
+        stride = self.plan.input_stride
         with self._vectors(block) as vector:
             place = code.let(self._place(self.source, block) + vector)
-            target = code.let(c * tiles + vector)
+            target = code.let(c * self.plan.tiles + vector)
 
             def pixel(col: int, row: int) -> tir.PrimExpr:
                 plane, shift = self.source.locate(row - self.reach, col - self.reach)
@@ -164,38 +168,39 @@ class _Kernel:
 
     def _multiply(self, block: _Block, xi: tir.PrimExpr, inputs: tir.Buffer, products: tir.Buffer) -> None:
         """``M = U V`` at one position: sums in registers, non-zeros outside, vectors inside."""
-        code, split = self.code, self.blocking.split
-        filters, tiles = self.geometry.out_channels, block.length * self.lanes
-        base = code.let(xi * (self.geometry.in_channels * tiles + SKEW))
-        target = code.let(xi * (filters * tiles + SKEW))
-        with code.loop(filters, "k") as k:
-            sums = code.array(split * block.length, "sums")
-            for one in sums:
+        code, plan, buffers, together = self.code, self.plan, self.buffers, self.blocking.together
+        base, target = code.let(xi * plan.input_stride), code.let(xi * plan.product_stride)
+        for t in range(block.length):
+            code.store(inputs, code.splat(0.0), base + plan.geometry.in_channels * plan.tiles + t * self.lanes)
+        with code.loop(plan.bundles, "bundle") as i:
+            bundle = code.let(xi * plan.bundles + i)
+            first = code.let(buffers.indptr[bundle])
+            count = code.let(buffers.indptr[bundle + 1] - first)
+            sums = [code.array(block.length, "sums") for _ in range(together)]
+            for one in chain(*sums):
                 code.set(one, code.splat(0.0))
-            first = code.let(self.buffers.indptr[xi * filters + k])
-            count = code.let(self.buffers.indptr[xi * filters + k + 1] - first)
             with code.loop(count, "e") as e:
-                for s in range(split):
-                    entry = (first + e) * split + s
-                    operand = code.let(base + tir.Cast("int32", self.buffers.indices[entry]) * tiles)
-                    weight = code.keep(code.splat(self.buffers.values[entry]))
-                    for t in range(block.length):
-                        one = sums[s * block.length + t]
+                entry = code.let((first + e) * together)
+                code.fetch(buffers.values, entry + _VALUES_AHEAD)
+                for r in range(together):
+                    operand = code.let(base + tir.Cast("int32", buffers.indices[entry + r]) * plan.index_unit)
+                    weight = code.keep(code.splat(buffers.values[entry + r]))
+                    for t, one in enumerate(sums[r]):
                         code.set(one, one + weight * code.load(inputs, operand + t * self.lanes))
-            for t in range(block.length):
-                total = _tree_sum([sums[s * block.length + t] for s in range(split)])
-                code.store(products, total, target + k * tiles + t * self.lanes)
+            for r in range(together):
+                row = code.let(target + buffers.filters[bundle * together + r] * plan.tiles)
+                for t, one in enumerate(sums[r]):
+                    code.store(products, one, row + t * self.lanes)
 
     def _transform_output(
         self, block: _Block, k: tir.PrimExpr, products: tir.Buffer, rows: tir.Buffer, cols: tir.Buffer
     ) -> None:
         """``Y = AT M A`` for one filter, and the epilogue."""
         code, n = self.code, self.matrices.n
-        tiles = block.length * self.lanes
-        stride = self.geometry.out_channels * tiles + SKEW
+        stride = self.plan.product_stride
         bias = code.keep(code.splat(self.buffers.bias[k]))
         with self._vectors(block) as vector:
-            source = code.let(k * tiles + vector)
+            source = code.let(k * self.plan.tiles + vector)
 
             def at_position(v: int, u: int) -> tir.PrimExpr:
                 return code.load(products, (u * n + v) * stride + source)
@@ -264,9 +269,8 @@ class _Kernel:
             clear(0, result.margin)
             self._clear_edge(block, k, result.margin, [col for col in result.columns if col < 0])
         with self.ib.if_scope(block.number == self.blocking.blocks - 1):
-            clear(result.size - result.margin, result.size)
-            last = result.size - result.margin - 1
-            self._clear_edge(block, k, last, [col for col in result.columns if col >= result.m])
+            clear(result.end, result.size)
+            self._clear_edge(block, k, result.end - 1, [col for col in result.columns if col >= result.m])
 
     def _clear_edge(self, block: _Block, k: tir.PrimExpr, place: int, columns: Sequence[int]) -> None:
         """What no neighbour writes: the first tile has none to its left, the last place none to its right."""
@@ -309,9 +313,3 @@ def row_groups(matrix: Matrix) -> list[tuple[int, ...]]:
         row += len(groups[-1])
     return groups
 
-
-def _tree_sum(terms: list[tir.PrimExpr]) -> tir.PrimExpr:
-    while len(terms) > 1:
-        pairs = [sum(terms[i + 1 : i + 2], start=terms[i]) for i in range(0, len(terms), 2)]
-        terms = pairs
-    return terms[0]

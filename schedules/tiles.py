@@ -67,9 +67,16 @@ class TileLayout:
         return -(-self.grid[0] * self.cols // self.lanes)
 
     @property
+    def end(self) -> int:
+        """Place behind the last vector of tiles."""
+        return self.margin + self.vectors * self.lanes
+
+    @property
     def size(self) -> int:
-        """Places of a plane."""
-        return 2 * self.margin + self.vectors * self.lanes
+        """Places of a plane: an odd number of vectors, at powers of two apart planes would fight for the same few ways of
+        L1."""
+        vectors = (self.end + self.margin) // self.lanes
+        return (vectors + 1 - vectors % 2) * self.lanes
 
     def shape(self, batch: int, channels: int) -> tuple[int, int, int, int]:
         """Of a tensor."""

@@ -14,11 +14,16 @@ from .winograd import Matrix
 
 
 class VectorCode:
-    """Emits loads, stores and arithmetic on float32 vectors of one length."""
+    """Emits loads, stores and arithmetic on float32 vectors of one length.
 
-    def __init__(self, ib: tvm.tir.ir_builder.IRBuilder, lanes: int) -> None:
+    Attributes:
+        prefetch: whether code for the target can fetch ahead.
+    """
+
+    def __init__(self, ib: tvm.tir.ir_builder.IRBuilder, lanes: int, *, prefetch: bool = False) -> None:
         self.ib = ib
         self.lanes = lanes
+        self.prefetch = prefetch
         self._scalars = 0
         self._slots: list[tir.PrimExpr] = []
 
@@ -69,6 +74,14 @@ class VectorCode:
     def store(self, buffer: tir.Buffer, value: tir.PrimExpr, *index: tir.PrimExpr) -> None:
         """A vector to an index, along the last axis."""
         self.ib.emit(tir.BufferStore(buffer, value, self._along_last(index)))
+
+    def fetch(self, buffer: tir.Buffer, *index: tir.PrimExpr) -> None:
+        """Have an element near by when it is read. Beyond the end of a buffer this is harmless."""
+        if not self.prefetch:
+            return
+        to_read, every_level, data = (tir.const(number, "int32") for number in (0, 3, 1))
+        place = tir.address_of(tir.BufferLoad(buffer, list(index)))
+        self.ib.emit(tir.Evaluate(tir.call_intrin("handle", "tir.prefetch", place, to_read, every_level, data)))
 
     def _along_last(self, index: Sequence[tir.PrimExpr]) -> list[tir.PrimExpr]:
         *outer, last = index

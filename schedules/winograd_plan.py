@@ -9,6 +9,10 @@ from .blocking import Cpu, WinogradBlocking, winograd_blocking
 from .geometry import ConvGeometry
 from .tiles import TileLayout, tile_layout
 
+_SKEW = 16
+"""Positions of a tile are a line (16 floats) more than their contents apart: at powers of two apart, all n x n of them
+would fight for the same few ways of L1."""
+
 
 @dataclass(frozen=True)
 class WinogradPlan:
@@ -27,10 +31,10 @@ class WinogradPlan:
     blocking: WinogradBlocking
 
     @classmethod
-    def of(cls, geometry: ConvGeometry, tile: int, lanes: int, vectors: int, split: int) -> WinogradPlan:
-        """From what an operator's attributes hold: tile size, lanes of a vector, vectors of a block and split sums."""
+    def of(cls, geometry: ConvGeometry, tile: int, lanes: int, vectors: int, together: int) -> WinogradPlan:
+        """From what an operator's attributes hold: tile size, lanes of a vector, vectors of a block, rows together."""
         layout, offset = _layout(geometry, tile, lanes)
-        blocking = WinogradBlocking.of(layout.vectors, vectors, split)
+        blocking = WinogradBlocking.of(layout.vectors, vectors, together)
         return cls(geometry, layout, layout, offset, blocking)
 
     @property
@@ -38,13 +42,43 @@ class WinogradPlan:
         """Of a tile in the Winograd domain, n x n."""
         return (self.result.m + self.geometry.kernel[0] - 1) ** 2
 
+    @property
+    def tiles(self) -> int:
+        """Of a block; the last one may have fewer."""
+        return self.blocking.vectors * self.result.lanes
+
+    @property
+    def bundles(self) -> int:
+        """Of rows computed together, at each position."""
+        return -(-self.geometry.out_channels // self.blocking.together)
+
+    @property
+    def index_unit(self) -> int:
+        """Floats that the index of a non-zero counts: two, times eight bytes an address can be made without a shift."""
+        return 2 if self.tiles % 2 == 0 else 1
+
+    @property
+    def index_step(self) -> int:
+        """Index of a channel, less that of the channel before."""
+        return self.tiles // self.index_unit
+
+    @property
+    def input_stride(self) -> int:
+        """Floats of a position of the transformed input: all channels, and one of zeros for what fills rows up."""
+        return (self.geometry.in_channels + 1) * self.tiles + _SKEW
+
+    @property
+    def product_stride(self) -> int:
+        """Floats of a position of the products: all filters, and one that takes what fills a bundle up."""
+        return (self.geometry.out_channels + 1) * self.tiles + _SKEW
+
 
 @cache
 def winograd_plan(geometry: ConvGeometry, tile: int, cpu: Cpu) -> WinogradPlan:
     """The plan for a CPU."""
     layout, _ = _layout(geometry, tile, cpu.lanes)
     blocking = winograd_blocking(layout.vectors, cpu)
-    return WinogradPlan.of(geometry, tile, cpu.lanes, blocking.vectors, blocking.split)
+    return WinogradPlan.of(geometry, tile, cpu.lanes, blocking.vectors, blocking.together)
 
 
 def _layout(geometry: ConvGeometry, tile: int, lanes: int) -> tuple[TileLayout, tuple[int, int]]:
