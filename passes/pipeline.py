@@ -12,6 +12,7 @@ from ..schedules.targets import why_not_target
 from ..schedules.winograd import TILES
 from .absorb_epilogues import AbsorbEpilogues
 from .bind_parameters import BindParameters
+from .chain_convolutions import ChainConvolutions
 from .choose_kernels import DOMAINS, ChooseKernels
 from .collect_convolutions import CollectConvolutions
 from .convolutions import MAIN
@@ -85,6 +86,7 @@ def sparsify(
         relay.transform.FoldConstant(),
         AbsorbEpilogues(),
         KeepTiles(),
+        ChainConvolutions(),
         # Phase 5. What lies between them.
         *([] if domain == "dense" else [RewritePooling(device)]),
     ]

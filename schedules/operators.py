@@ -12,7 +12,7 @@ Attributes hold the whole geometry, so the type of the result follows from them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import tvm
@@ -28,13 +28,16 @@ from .geometry import ConvGeometry
 from .max_pool import PoolGeometry
 from .max_pool import max_pool2d as max_pool2d_compute
 from .registration import OtherShape, call, plain, register, unpack
+from .registration import call as call_of
 from .sparse_dense import DensePlan, nonzero_group, sparse_dense
 from .sparse_direct import sparse_direct
 from .sparse_winograd import sparse_winograd
+from .strip_plan import StripPlan
 from .targets import cpu_facts, gathers_fast
 from .tile_conversions import from_tiles, to_tiles
 from .tiles import TileLayout
 from .winograd import KERNELS, TILES
+from .winograd_chain import winograd_chain as winograd_chain_compute
 from .winograd_plan import WinogradPlan, winograd_plan
 
 __all__ = [
@@ -46,6 +49,8 @@ __all__ = [
     "TO_TILES",
     "WINOGRAD",
     "WINOGRAD_ADD",
+    "WINOGRAD_CHAIN",
+    "WINOGRAD_CHAIN_ADD",
     "conv2d_sparse_direct",
     "conv2d_sparse_winograd",
     "dense_sparse",
@@ -59,6 +64,8 @@ DIRECT = "jointsparse.conv2d_sparse_direct"
 DIRECT_ADD = "jointsparse.conv2d_sparse_direct_add"
 WINOGRAD = "jointsparse.conv2d_sparse_winograd"
 WINOGRAD_ADD = "jointsparse.conv2d_sparse_winograd_add"
+WINOGRAD_CHAIN = "jointsparse.winograd_chain"
+WINOGRAD_CHAIN_ADD = "jointsparse.winograd_chain_add"
 TO_TILES = "jointsparse.to_tiles"
 FROM_TILES = "jointsparse.from_tiles"
 MAX_POOL = "jointsparse.max_pool2d"
@@ -285,6 +292,71 @@ def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: 
     )
 
 
+def winograd_chain(data: relay.Expr, calls: Sequence[relay.Call], plan: StripPlan, residual: relay.Expr | None) -> relay.Expr:
+    """Calls of the Winograd operators, one after the other, as one of images NCHW.
+
+    Args:
+        data: NCHW, in the place of the first call's data.
+        calls: whose arguments behind the data are constants.
+        plan: of these calls.
+        residual: NCHW, in the place of the last call's.
+    """
+    weights = [[argument.data.numpy() for argument in call.args[1:6]] for call in calls]
+    arguments = [np.concatenate(arrays) for arrays in zip(*weights, strict=True)]
+    lengths = [len(values) for values, *_ in weights]
+    activations = [unpack(Activation, call.attrs) for call in calls]
+    attributes = {
+        **asdict(plan.geometry),
+        "tile": plan.m,
+        "lanes": plan.lanes,
+        "vectors": plan.layers[0].blocking.vectors,
+        "together": [layer.blocking.together for layer in plan.layers],
+        "filters": plan.channels[1:],
+        "kernels": [layer.geometry.kernel[0] for layer in plan.layers],
+        "strip": plan.vectors,
+        "parts": plan.parts,
+        "first_values": [sum(lengths[:i]) for i in range(len(lengths))],
+        "activations": [activation.activation for activation in activations],
+        "lows": [activation.low for activation in activations],
+        "highs": [activation.high for activation in activations],
+    }
+    everything = [data, *map(relay.const, arguments), *([] if residual is None else [residual])]
+    return call_of(WINOGRAD_CHAIN if residual is None else WINOGRAD_CHAIN_ADD, everything, **attributes)
+
+
+def strip_plan_of(attrs: tvm.ir.Attrs) -> StripPlan:
+    """How a call of the chain computes, as decided when it was made."""
+    geometry, layers = unpack(ConvGeometry, attrs), []
+    for filters, kernel, together in zip(*(plain(attrs[name]) for name in ("filters", "kernels", "together")), strict=True):
+        geometry = replace(geometry, out_channels=filters, kernel=(kernel, kernel), padding=((kernel - 1) // 2,) * 4)
+        numbers = [int(attrs[name]) for name in ("tile", "lanes", "vectors")]
+        layers.append(WinogradPlan.of(geometry, *numbers, together))
+        geometry = replace(geometry, in_channels=filters)
+    return StripPlan(tuple(layers), int(attrs["strip"]), int(attrs["parts"]))
+
+
+def _compute_chain(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
+    data, values, indices, indptr, filters, bias, *residual = inputs
+    numbers = zip(*(plain(attrs[name]) for name in ("activations", "lows", "highs")), strict=True)
+    return winograd_chain_compute(
+        data,
+        values,
+        indices,
+        indptr,
+        filters,
+        bias,
+        residual[0] if residual else None,
+        plan=strip_plan_of(attrs),
+        first_values=plain(attrs["first_values"]),
+        activations=[Activation(*facts) for facts in numbers],
+        prefetch=target.kind.name == "llvm",
+    )
+
+
+def _chain_result(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
+    return data[0], plain(attrs["filters"])[-1], data[2], data[3]
+
+
 def _as_it_is(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
     """Of what is TIR already."""
     return te.create_schedule([out.op for out in outs])
@@ -346,6 +418,20 @@ for _name, _arguments, _others in ((WINOGRAD, _WINOGRAD, _BIAS), (WINOGRAD_ADD, 
         _winograd_source,
         _winograd_result,
         _compute_winograd,
+        _as_it_is,
+        other_shapes=_others,
+    )
+for _name, _arguments, _others in (
+    (WINOGRAD_CHAIN, _WINOGRAD, {}),
+    (WINOGRAD_CHAIN_ADD, _WINOGRAD | _RESIDUAL, {"residual": lambda result: result}),
+):
+    register(
+        _name,
+        "Sparse Winograd convolutions of images NCHW one after the other.",
+        _arguments,
+        _nchw,
+        _chain_result,
+        _compute_chain,
         _as_it_is,
         other_shapes=_others,
     )

@@ -75,6 +75,25 @@ class VectorCode:
         """A vector to an index, along the last axis."""
         self.ib.emit(tir.BufferStore(buffer, value, self._along_last(index)))
 
+    def split_columns(self, buffer: tir.Buffer, count: int, *index: tir.PrimExpr) -> list[tir.PrimExpr]:
+        """Vectors of every `count`-th element from an index on, one for each remainder."""
+        *outer, last = index
+        pieces = [self.load(buffer, *outer, last + i * self.lanes) for i in range(count)]
+        if self.lanes == 1:
+            return pieces
+        return [tir.Shuffle(pieces, list(range(i, count * self.lanes, count))) for i in range(count)]
+
+    def join_columns(self, vectors: Sequence[tir.PrimExpr], buffer: tir.Buffer, *index: tir.PrimExpr) -> None:
+        """The opposite: store first elements, second elements and so on, from an index on."""
+        *outer, last = index
+        for piece in range(len(vectors)):
+            value = vectors[piece]
+            if self.lanes > 1:
+                places = range(piece * self.lanes, (piece + 1) * self.lanes)
+                order = [place % len(vectors) * self.lanes + place // len(vectors) for place in places]
+                value = tir.Shuffle(list(vectors), order)
+            self.store(buffer, value, *outer, last + piece * self.lanes)
+
     def fetch(self, buffer: tir.Buffer, *index: tir.PrimExpr) -> None:
         """Have an element near by when it is read. Beyond the end of a buffer this is harmless."""
         if not self.prefetch:

@@ -1,0 +1,99 @@
+"""Chain sparse Winograd convolutions of wide images, to be computed strip by strip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tvm
+from tvm import relay
+
+from ..schedules.operators import (
+    FROM_TILES,
+    TO_TILES,
+    WINOGRAD,
+    WINOGRAD_ADD,
+    winograd_chain,
+    winograd_plan_of,
+)
+from ..schedules.registration import plain
+from ..schedules.strip_plan import StripPlan, strip_plan
+from ..schedules.winograd_plan import WinogradPlan
+from .straight_graphs import Rewriter, is_call, rewrite_straight
+
+# (Bytes of input and output together; how many times longer the transforms of a convolution by itself take when they
+# read and write that much). Measured on a core with 2 MiB of L2.
+_BEYOND_CACHES = ((64 << 20, 2.5), (8 << 20, 1.3), (0, 1.0))
+
+
+@tvm.transform.module_pass(opt_level=0, name="ChainConvolutions")
+class ChainConvolutions:
+    """Join sparse Winograd convolutions that follow each other between two conversions of layout, where memory would
+    bound them; the conversions become part of the chain.
+
+    A ``@main`` with control flow or functions inside is handed back unchanged.
+    """
+
+    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        return rewrite_straight(mod, (FROM_TILES,), _Rewriter)
+
+
+class _Rewriter(Rewriter):
+    def call(self, call: relay.Call) -> relay.Expr | None:
+        run = self._run(call.args[0]) if is_call(call, FROM_TILES) else []
+        chains = chained([winograd_plan_of(convolution.attrs) for convolution in run])
+        if not chains:
+            return super().call(call)
+        value = self.value(run[0].args[0].args[0])
+        for plan in chains:
+            calls, run = run[: len(plan.layers)], run[len(plan.layers) :]
+            residual = self.value(calls[-1].args[-1].args[0]) if is_call(calls[-1], WINOGRAD_ADD) else None
+            value = winograd_chain(value, calls, plan, residual)
+        return value
+
+    def _run(self, last: relay.Expr) -> list[relay.Call]:
+        """The convolutions that lead from a conversion into tiles to this one; none if it is not so, or if anything
+        else reads what is between."""
+        if is_call(last, WINOGRAD_ADD) and not _is_conversion(last.args[-1]):
+            return []
+        run: list[relay.Call] = []
+        node = last
+        while is_call(node, WINOGRAD, *([] if run else [WINOGRAD_ADD])) and self.uses[node] == 1:
+            run.insert(0, node)
+            node = node.args[0]
+        return run if _is_conversion(node) else []
+
+
+def _is_conversion(node: relay.Expr) -> bool:
+    return is_call(node, TO_TILES) and plain(node.attrs["offset"]) == (0, 0)
+
+
+def chained(layers: Sequence[WinogradPlan]) -> list[StripPlan]:
+    """These layers in chains; none where each by itself takes less.
+
+    A chain reads its first image and writes its last; that, and each transform, takes about as long for every channel.
+    """
+    # By layers, the least cost of the first so many, and their chains.
+    best: list[tuple[float, list[StripPlan]] | None] = [(0.0, [])]
+    for end in range(1, len(layers) + 1):
+        options = []
+        for begin in range(end):
+            before, plan = best[begin], strip_plan(tuple(layers[begin:end]))
+            if before is not None and plan is not None:
+                cost = plan.channels[0] + plan.channels[-1] + plan.waste * sum(map(_transforms, plan.layers))
+                options.append((before[0] + cost, [*before[1], plan]))
+        best.append(min(options, key=lambda option: option[0], default=None))
+    if not layers or best[-1] is None:
+        return []
+    conversions = layers[0].geometry.in_channels + layers[-1].geometry.out_channels
+    alone = 2 * conversions + sum(_transforms(layer) * _slowdown(layer) for layer in layers)
+    return best[-1][1] if best[-1][0] < alone else []
+
+
+def _transforms(layer: WinogradPlan) -> int:
+    return layer.geometry.in_channels + layer.geometry.out_channels
+
+
+def _slowdown(layer: WinogradPlan) -> float:
+    geometry = layer.geometry
+    size = 4 * geometry.batch * _transforms(layer) * geometry.in_height * geometry.in_width
+    return next(factor for least, factor in _BEYOND_CACHES if size >= least)

@@ -1,0 +1,149 @@
+"""How a chain of Winograd convolutions is computed strip by strip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from .geometry import ConvGeometry, round_up
+from .winograd_plan import WinogradPlan
+
+_FLOAT = 4  # bytes
+
+_WORKING_SET = 7 << 18
+"""Bytes that a strip may work on at a time: 1.75 MiB, for the L2 of a server's core. Where it is smaller they lie in the
+cache behind, which is better still than whole images in memory."""
+
+_ROWS = 3
+"""Rows of tiles of an image that are kept: those that the next convolution reads for one of its own."""
+
+_UNITS = 8
+"""So many strips, or parts of them, at least, for threads to share evenly."""
+
+
+@dataclass(frozen=True)
+class StripPlan:
+    """A chain of convolutions of stride 1 that keep the size of the image, with tiles of one size.
+
+    Images between them are never there as a whole: a strip of the image is computed row of tiles by row of tiles, each
+    convolution one row behind the one before, and of each image three rows are kept. A strip is wider than what it
+    gives by one tile on either side: what lies beyond is not known to it, and every convolution carries that some
+    pixels further in.
+
+    Attributes:
+        layers: how each convolution multiplies; their layouts do not matter.
+        vectors: of tiles across a strip.
+        parts: into which strips are cut, from top to bottom.
+    """
+
+    layers: tuple[WinogradPlan, ...]
+    vectors: int
+    parts: int
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        """Of the first convolution."""
+        return self.layers[0].geometry
+
+    @property
+    def m(self) -> int:
+        return self.layers[0].result.m
+
+    @property
+    def lanes(self) -> int:
+        return self.layers[0].result.lanes
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of all images, from the first to the last."""
+        return (self.geometry.in_channels, *(layer.geometry.out_channels for layer in self.layers))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles of the image (down, across)."""
+        return self.layers[0].result.grid
+
+    @property
+    def width(self) -> int:
+        """Tiles of a strip."""
+        return self.vectors * self.lanes
+
+    @property
+    def halo(self) -> int:
+        """Tiles of a strip, on either side, that it does not give; none where it is as wide as the image."""
+        return 0 if self.width >= self.grid[1] else len(self.layers)
+
+    @property
+    def strips(self) -> int:
+        return -(-self.grid[1] // (self.width - 2 * self.halo))
+
+    @property
+    def rows(self) -> int:
+        """Rows of tiles that a part gives."""
+        return -(-self.grid[0] // self.parts)
+
+    @property
+    def row_stride(self) -> int:
+        """Places from a row that is kept to the next; zeros between them where tiles fill the whole width."""
+        return self.width + (self.lanes if self.width == self.grid[1] else 0)
+
+    @property
+    def plane(self) -> int:
+        """Places of a plane, an odd number of vectors (see TileLayout.size)."""
+        vectors = _ROWS * self.row_stride // self.lanes
+        return (vectors + 1 - vectors % 2) * self.lanes
+
+    def kept(self, image: int) -> int:
+        """Elements kept of an image, with a vector before the first."""
+        return self.lanes + self.channels[image] * self.m**2 * self.plane + self.lanes
+
+    @property
+    def inputs(self) -> int:
+        """Elements of the transformed input of a block of any layer."""
+        return max(layer.positions * layer.input_stride for layer in self.layers)
+
+    @property
+    def products(self) -> int:
+        return max(layer.positions * layer.product_stride for layer in self.layers)
+
+    @property
+    def working_set(self) -> int:
+        """Bytes."""
+        return _FLOAT * (sum(map(self.kept, range(len(self.layers)))) + self.inputs + self.products)
+
+    @property
+    def waste(self) -> float:
+        """Lanes computed for each that is needed."""
+        return self.strips * self.width / self.grid[1]
+
+
+@cache
+def strip_plan(layers: tuple[WinogradPlan, ...]) -> StripPlan | None:
+    """The plan with the least waste; None if the convolutions cannot be chained, or their rows do not fit."""
+    if not _can_follow(layers):
+        return None
+    best: StripPlan | None = None
+    for vectors in range(1, -(-layers[0].result.grid[1] // layers[0].result.lanes) + 1):
+        plan = StripPlan(layers, vectors, 1)
+        if plan.width <= 2 * plan.halo or plan.working_set > _WORKING_SET:
+            continue
+        if best is None or plan.waste < best.waste:
+            best = plan
+    if best is None:
+        return None
+    units = best.geometry.batch * best.strips
+    parts = min(-(-_UNITS // units), max(1, best.grid[0] // 8))
+    return StripPlan(layers, best.vectors, parts)
+
+
+def _can_follow(layers: Sequence[WinogradPlan]) -> bool:
+    first = layers[0]
+    return all(
+        layer.offset == (0, 0)
+        and (layer.result.height, layer.result.width, layer.result.m, layer.result.lanes)
+        == (first.result.height, first.result.width, first.result.m, first.result.lanes)
+        and (layer.geometry.in_height, layer.geometry.in_width) == (first.result.height, first.result.width)
+        and layer.blocking.vectors == first.blocking.vectors
+        for layer in layers
+    )
