@@ -2,9 +2,8 @@
 
 ``jointsparse.conv2d_sparse_direct`` takes data, three constants (values, indices, indptr: SparseRows of formats.py) and
 a bias, in its form ``..._add`` a residual as well, which it adds before it activates; NCHW, float32.
-``jointsparse.conv2d_sparse_winograd`` does the same, with one constant more (BundledRows), with images in tile layout,
-into and out of which
-``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them.
+``jointsparse.conv2d_sparse_winograd`` does the same with images in tile layout, into and out of which
+``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them; its four constants are BundledRows.
 ``jointsparse.dense_sparse`` is otherwise like ``nn.dense``: what may follow it is fused into it.
 Attributes hold the whole geometry, so the type of the result follows from them.
 """
@@ -123,7 +122,8 @@ def conv2d_sparse_winograd(
     bias = relay.const(np.zeros(geometry.out_channels, np.float32))
     attributes = {**asdict(geometry), **asdict(Activation()), "tile": m, "lanes": plan.result.lanes}
     attributes |= {"vectors": plan.blocking.vectors, "together": plan.blocking.together}
-    return out_of_tiles(call(WINOGRAD, [tiles, *_constants(rows), relay.const(rows.filters), bias], **attributes), plan.result)
+    arguments = [tiles, *_constants(rows), relay.const(rows.filters), bias]
+    return out_of_tiles(call(WINOGRAD, arguments, **attributes), plan.result)
 
 
 def dense_sparse(
@@ -327,7 +327,10 @@ _RESIDUAL = {"residual": "of the shape of the result"}
 _BIAS: dict[str, OtherShape] = {"bias": lambda result: result[1:2]}
 _BIAS_AND_RESIDUAL: dict[str, OtherShape] = {**_BIAS, "residual": lambda result: result}
 
-for _name, _arguments, _others in ((DIRECT, _CONVOLUTION, _BIAS), (DIRECT_ADD, _CONVOLUTION | _RESIDUAL, _BIAS_AND_RESIDUAL)):
+for _name, _arguments, _others in (
+    (DIRECT, _CONVOLUTION, _BIAS),
+    (DIRECT_ADD, _CONVOLUTION | _RESIDUAL, _BIAS_AND_RESIDUAL),
+):
     register(
         _name,
         "Sparse direct convolution of images NCHW, bias, residual and activation.",
@@ -338,7 +341,10 @@ for _name, _arguments, _others in ((DIRECT, _CONVOLUTION, _BIAS), (DIRECT_ADD, _
         _as_it_is,
         other_shapes=_others,
     )
-for _name, _arguments, _others in ((WINOGRAD, _WINOGRAD, _BIAS), (WINOGRAD_ADD, _WINOGRAD | _RESIDUAL, _BIAS_AND_RESIDUAL)):
+for _name, _arguments, _others in (
+    (WINOGRAD, _WINOGRAD, _BIAS),
+    (WINOGRAD_ADD, _WINOGRAD | _RESIDUAL, _BIAS_AND_RESIDUAL),
+):
     register(
         _name,
         "Sparse Winograd convolution of images in tile layout, bias, residual and activation.",

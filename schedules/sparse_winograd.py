@@ -169,6 +169,7 @@ class _Kernel:
     def _multiply(self, block: _Block, xi: tir.PrimExpr, inputs: tir.Buffer, products: tir.Buffer) -> None:
         """``M = U V`` at one position: sums in registers, non-zeros outside, vectors inside."""
         code, plan, buffers, together = self.code, self.plan, self.buffers, self.blocking.together
+        assert buffers.filters is not None
         base, target = code.let(xi * plan.input_stride), code.let(xi * plan.product_stride)
         for t in range(block.length):
             code.store(inputs, code.splat(0.0), base + plan.geometry.in_channels * plan.tiles + t * self.lanes)
@@ -312,4 +313,3 @@ def row_groups(matrix: Matrix) -> list[tuple[int, ...]]:
         groups.append((row, row + 1) if paired else (row,))
         row += len(groups[-1])
     return groups
-

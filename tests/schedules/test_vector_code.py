@@ -140,6 +140,26 @@ def test_sums_of_the_published_filters(name: str, sums: int) -> None:
     assert code.counts["sum"] == sums
 
 
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_fetches_ahead_where_the_target_can(prefetch: bool) -> None:
+    """Beyond the end, too."""
+
+    def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
+        code = VectorCode(tvm.tir.ir_builder.create(), 4, prefetch=prefetch)
+        with code.loop(3, "i") as i:
+            code.fetch(ins[0], i * 4 + 5000)
+            code.store(outs[0], code.load(ins[0], i * 4), i * 4)
+        return code.ib.get()
+
+    source = te.placeholder((12,), name="source")
+    target = te.extern([source.shape], [source], emit, dtype="float32")
+    function = tvm.build(te.create_schedule(target.op), [source, target], "llvm")
+    assert ("call void @llvm.prefetch" in function.get_source("ll")) == prefetch
+    data, result = np.arange(12, dtype=np.float32), tvm.nd.array(np.zeros(12, np.float32))
+    function(tvm.nd.array(data), result)
+    np.testing.assert_array_equal(result.numpy(), data)
+
+
 @pytest.mark.parametrize("lanes", [1, 4, 16])
 def test_compiled(lanes: int) -> None:
     """A product of vectors, in a loop, through the array that vectors are kept in."""
