@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .formats import SparseRows, pack_dense, pack_direct, pack_winograd
+    from .formats import BundledRows, SparseRows, pack_dense, pack_direct, pack_winograd
     from .geometry import ConvGeometry
     from .operators import (
         conv2d_sparse_direct,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .winograd import transform
 
 _HOME = {
+    "BundledRows": "formats",
     "ConvGeometry": "geometry",
     "SparseRows": "formats",
     "pack_dense": "formats",
@@ -40,6 +41,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BundledRows",
     "ConvGeometry",
     "SparseRows",
     "conv2d_sparse_direct",

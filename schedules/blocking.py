@@ -44,17 +44,19 @@ class WinogradBlocking:
 
 
 _TILES = 32
-"""Of a block. A weight, once loaded, should meet some tiles; but with more, what is transformed at a time, and the images
-around it, leave the caches. Measured from 64 to 512 channels with AVX-512 and AVX2."""
+"""Of a block. A weight, once loaded, should meet some tiles; but with more, what is transformed at a time, and the
+images around it, leave the caches. Measured from 64 to 512 channels with AVX-512 and AVX2."""
 
 _TOGETHER = 4
 """Rows of weights. With more it makes no difference."""
 
 
 @cache
-def winograd_blocking(vectors: int, cpu: Cpu) -> WinogradBlocking:
-    """Blocks for an image of so many vectors, evenly filled, whose sums stay in three quarters of the registers."""
+def winograd_blocking(vectors: int, filters: int, cpu: Cpu) -> WinogradBlocking:
+    """Blocks for an image of so many vectors, and bundles of so many rows, both evenly filled; their sums stay in three
+    quarters of the registers."""
     sums = cpu.registers * 3 // 4
     blocks = -(-vectors // max(1, min(_TILES // cpu.lanes, sums // 2)))
     length = -(-vectors // blocks)
-    return WinogradBlocking.of(vectors, length, max(1, min(_TOGETHER, sums // length)))
+    bundles = -(-filters // max(1, min(_TOGETHER, sums // length)))
+    return WinogradBlocking.of(vectors, length, -(-filters // bundles))

@@ -51,9 +51,11 @@ def direct_buffers(plan: DirectPlan) -> dict[str, int]:
 
 
 def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:
-    """Elements of what sparse Winograd convolution keeps in between."""
+    """Elements of what sparse Winograd convolution keeps, between and in its weights; bundles filled up."""
     geometry = plan.geometry
+    rows = plan.positions * plan.bundles * plan.blocking.together
     return {
+        "weights in bundles": rows * (geometry.in_channels // geometry.groups),
         "input in tiles": math.prod(plan.source.shape(geometry.batch, geometry.in_channels)),
         "result in tiles": math.prod(plan.result.shape(geometry.batch, geometry.out_channels)),
         "transformed input": plan.positions * plan.input_stride,

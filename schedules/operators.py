@@ -2,9 +2,8 @@
 
 ``jointsparse.conv2d_sparse_direct`` takes data, three constants (values, indices, indptr: SparseRows of formats.py) and
 a bias, in its form ``..._add`` a residual as well, which it adds before it activates; NCHW, float32.
-``jointsparse.conv2d_sparse_winograd`` does the same, with one constant more (BundledRows), with images in tile layout,
-into and out of which
-``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them.
+``jointsparse.conv2d_sparse_winograd`` does the same with images in tile layout, into and out of which
+``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them; its four constants are BundledRows.
 ``jointsparse.dense_sparse`` is otherwise like ``nn.dense``: what may follow it is fused into it.
 Attributes hold the whole geometry, so the type of the result follows from them.
 """
@@ -130,7 +129,8 @@ def conv2d_sparse_winograd(
     bias = relay.const(np.zeros(geometry.out_channels, np.float32))
     attributes = {**asdict(geometry), **asdict(Activation()), "tile": m, "lanes": plan.result.lanes}
     attributes |= {"vectors": plan.blocking.vectors, "together": plan.blocking.together}
-    return out_of_tiles(call(WINOGRAD, [tiles, *_constants(rows), relay.const(rows.filters), bias], **attributes), plan.result)
+    arguments = [tiles, *_constants(rows), relay.const(rows.filters), bias]
+    return out_of_tiles(call(WINOGRAD, arguments, **attributes), plan.result)
 
 
 def dense_sparse(
@@ -292,7 +292,9 @@ def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: 
     )
 
 
-def winograd_chain(data: relay.Expr, calls: Sequence[relay.Call], plan: StripPlan, residual: relay.Expr | None) -> relay.Expr:
+def winograd_chain(
+    data: relay.Expr, calls: Sequence[relay.Call], plan: StripPlan, residual: relay.Expr | None
+) -> relay.Expr:
     """Calls of the Winograd operators, one after the other, as one of images NCHW.
 
     Args:
@@ -327,12 +329,16 @@ def winograd_chain(data: relay.Expr, calls: Sequence[relay.Call], plan: StripPla
 def strip_plan_of(attrs: tvm.ir.Attrs) -> StripPlan:
     """How a call of the chain computes, as decided when it was made."""
     geometry, layers = unpack(ConvGeometry, attrs), []
-    for filters, kernel, together in zip(*(plain(attrs[name]) for name in ("filters", "kernels", "together")), strict=True):
+    tile, lanes, vectors = (int(attrs[name]) for name in ("tile", "lanes", "vectors"))
+    for filters, kernel, together in zip(*map(plain, (attrs[name] for name in _CHAINED)), strict=True):
         geometry = replace(geometry, out_channels=filters, kernel=(kernel, kernel), padding=((kernel - 1) // 2,) * 4)
-        numbers = [int(attrs[name]) for name in ("tile", "lanes", "vectors")]
-        layers.append(WinogradPlan.of(geometry, *numbers, together))
+        layers.append(WinogradPlan.of(geometry, tile, lanes, vectors, together))
         geometry = replace(geometry, in_channels=filters)
     return StripPlan(tuple(layers), int(attrs["strip"]), int(attrs["parts"]))
+
+
+_CHAINED = ("filters", "kernels", "together")
+"""Attributes of a chain that have one number for each layer."""
 
 
 def _compute_chain(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
@@ -399,7 +405,10 @@ _RESIDUAL = {"residual": "of the shape of the result"}
 _BIAS: dict[str, OtherShape] = {"bias": lambda result: result[1:2]}
 _BIAS_AND_RESIDUAL: dict[str, OtherShape] = {**_BIAS, "residual": lambda result: result}
 
-for _name, _arguments, _others in ((DIRECT, _CONVOLUTION, _BIAS), (DIRECT_ADD, _CONVOLUTION | _RESIDUAL, _BIAS_AND_RESIDUAL)):
+for _name, _arguments, _others in (
+    (DIRECT, _CONVOLUTION, _BIAS),
+    (DIRECT_ADD, _CONVOLUTION | _RESIDUAL, _BIAS_AND_RESIDUAL),
+):
     register(
         _name,
         "Sparse direct convolution of images NCHW, bias, residual and activation.",
@@ -410,7 +419,10 @@ for _name, _arguments, _others in ((DIRECT, _CONVOLUTION, _BIAS), (DIRECT_ADD, _
         _as_it_is,
         other_shapes=_others,
     )
-for _name, _arguments, _others in ((WINOGRAD, _WINOGRAD, _BIAS), (WINOGRAD_ADD, _WINOGRAD | _RESIDUAL, _BIAS_AND_RESIDUAL)):
+for _name, _arguments, _others in (
+    (WINOGRAD, _WINOGRAD, _BIAS),
+    (WINOGRAD_ADD, _WINOGRAD | _RESIDUAL, _BIAS_AND_RESIDUAL),
+):
     register(
         _name,
         "Sparse Winograd convolution of images in tile layout, bias, residual and activation.",

@@ -9,7 +9,6 @@ over images instead, from a transposed copy of the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -141,15 +140,15 @@ def _one_image(
 ) -> tir.Stmt:
     """The lanes are the non-zeros of a group."""
     ib = tvm.tir.ir_builder.create()
-    code = VectorCode(ib, lanes)
+    code = VectorCode(ib, lanes, prefetch=prefetch)
     with ib.for_range(0, plan.outputs, name="k", kind="parallel") as k:
         sums = code.array(-(-plan.group // lanes), "sums")
         for vector in sums:
             code.set(vector, code.splat(0.0))
         start = code.let(tir.BufferLoad(indptr, [k]))
         with ib.for_range(0, tir.BufferLoad(indptr, [k + 1]) - start, name="e") as e:
-            if prefetch:
-                _fetch_ahead(ib, (values, indices), (start + e) * plan.group)
+            for buffer in (values, indices):
+                code.fetch(buffer, (start + e) * plan.group + _elements_ahead(buffer))
             for v, vector in enumerate(sums):
                 at = (start + e) * plan.group + v * lanes
                 place = code.load(indices, at).astype("int32" if lanes == 1 else f"int32x{lanes}")
@@ -172,7 +171,7 @@ def _images(
 ) -> tir.Stmt:
     """The lanes are images; the weight is the same in all."""
     ib = tvm.tir.ir_builder.create()
-    code = VectorCode(ib, block.lanes)
+    code = VectorCode(ib, block.lanes, prefetch=prefetch)
     with (
         ib.for_range(0, plan.outputs, name="k", kind="parallel") as k,
         ib.for_range(0, int(columns.shape[0]), name="b") as b,
@@ -182,8 +181,8 @@ def _images(
             code.set(vector, code.splat(0.0))
         start = code.let(tir.BufferLoad(indptr, [k]))
         with ib.for_range(0, tir.BufferLoad(indptr, [k + 1]) - start, name="e") as e:
-            if prefetch:
-                _fetch_ahead(ib, (values, indices), (start + e) * plan.group)
+            for buffer in (values, indices):
+                code.fetch(buffer, (start + e) * plan.group + _elements_ahead(buffer))
             for g in range(plan.group):
                 at = (start + e) * plan.group + g
                 weight = code.splat(tir.BufferLoad(values, [at]))
@@ -201,13 +200,8 @@ def _images(
     return ib.get()
 
 
-def _fetch_ahead(ib: tvm.tir.ir_builder.IRBuilder, buffers: Sequence[tir.Buffer], at: tir.PrimExpr) -> None:
-    """Of what is read from `at` on. Beyond the end this is harmless."""
-    for buffer in buffers:
-        ahead = _BYTES_AHEAD // (tvm.DataType(buffer.dtype).bits // 8)
-        place = tir.address_of(tir.BufferLoad(buffer, [at + ahead]))
-        to_read, every_level, data = (tir.const(number, "int32") for number in (0, 3, 1))
-        ib.emit(tir.Evaluate(tir.call_intrin("handle", "tir.prefetch", place, to_read, every_level, data)))
+def _elements_ahead(buffer: tir.Buffer) -> int:
+    return _BYTES_AHEAD // (tvm.DataType(buffer.dtype).bits // 8)
 
 
 def _gathered(data: tir.Buffer, place: tir.PrimExpr) -> tir.PrimExpr:

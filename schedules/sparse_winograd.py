@@ -87,7 +87,9 @@ class _Kernel:
         self.activation = activation
         self.ib = tvm.tir.ir_builder.create()
         self.code = VectorCode(self.ib, plan.result.lanes, prefetch=prefetch)
-        self.steps = WinogradSteps(self.code, plan, Weights(buffers.values, buffers.indices, buffers.indptr, _filters(buffers), buffers.bias))
+        self.steps = WinogradSteps(
+            self.code, plan, Weights(buffers.values, buffers.indices, buffers.indptr, _filters(buffers), buffers.bias)
+        )
 
     @property
     def lanes(self) -> int:
@@ -128,9 +130,7 @@ class _Kernel:
             self._clear_margins(block, k)
             steps.transform_output(k, block.length, products, partial(self._store_pixel, block, k, pixels))
 
-    def _load_pixel(
-        self, block: _Block, c: tir.PrimExpr, vector: tir.PrimExpr, row: int, col: int
-    ) -> tir.PrimExpr:
+    def _load_pixel(self, block: _Block, c: tir.PrimExpr, vector: tir.PrimExpr, row: int, col: int) -> tir.PrimExpr:
         plane, shift = self.source.locate(row, col)
         place = self._place(self.source, block) + vector
         return self.code.load(self.buffers.data, block.image, c, plane, place + shift)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from .geometry import ConvGeometry, round_up
+from .geometry import ConvGeometry
 from .winograd_plan import WinogradPlan
 
 _FLOAT = 4  # bytes
 
 _WORKING_SET = 7 << 18
-"""Bytes that a strip may work on at a time: 1.75 MiB, for the L2 of a server's core. Where it is smaller they lie in the
-cache behind, which is better still than whole images in memory."""
+"""Bytes that a strip may work on at a time: 1.75 MiB, for the L2 of a server's core. Where it is smaller they lie in
+the cache behind, which is better still than whole images in memory."""
 
 _ROWS = 3
 """Rows of tiles of an image that are kept: those that the next convolution reads for one of its own."""

@@ -73,8 +73,8 @@ class TileLayout:
 
     @property
     def size(self) -> int:
-        """Places of a plane: an odd number of vectors, at powers of two apart planes would fight for the same few ways of
-        L1."""
+        """Places of a plane: an odd number of vectors, for planes at powers of two apart would fight for the same few
+        ways of L1."""
         vectors = (self.end + self.margin) // self.lanes
         return (vectors + 1 - vectors % 2) * self.lanes
 

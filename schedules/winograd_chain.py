@@ -20,7 +20,6 @@ from .strip_plan import StripPlan
 from .vector_code import VectorCode
 from .winograd_steps import Weights, WinogradSteps
 
-
 _Copy = Callable[[VectorCode, tir.PrimExpr, int], None]
 """(code, x, columns): copies the first so many columns of pixels of the tiles in a vector that begins with tile x."""
 
@@ -169,13 +168,13 @@ class _Kernel:
     def _layer_row(self, unit: _Unit, layer: int, row: tir.PrimExpr) -> None:
         """A row of tiles of a layer, if it is one that the part needs."""
         plan, behind = self.plan, len(self.plan.layers) - 1 - layer
-        with self.ib.if_scope(tir.all(row >= 0, row < plan.grid[0])):
-            with self.ib.if_scope(tir.all(row >= unit.top - behind, row < unit.bottom + behind)):
-                self._blocks(unit, layer, row)
+        inside = tir.all(row >= 0, row < plan.grid[0])
+        needed = tir.all(row >= unit.top - behind, row < unit.bottom + behind)
+        with self.ib.if_scope(inside), self.ib.if_scope(needed):
+            self._blocks(unit, layer, row)
         if behind:
-            with self.ib.else_scope():
-                with self.ib.if_scope(tir.any(row == -1, row == plan.grid[0])):
-                    self._zero_row(unit, layer + 1, row)
+            with self.ib.if_scope(tir.any(row == -1, row == plan.grid[0])):
+                self._zero_row(unit, layer + 1, row)
 
     def _blocks(self, unit: _Unit, layer: int, row: tir.PrimExpr) -> None:
         whole = self.plan.layers[layer].blocking.vectors
@@ -242,9 +241,7 @@ class _Kernel:
         plane = (i * self.plan.m + j) * vectors * self.plan.lanes
         self.code.store(unit.line, value, plane + vector)
 
-    def _write_row(
-        self, unit: _Unit, row: tir.PrimExpr, first: tir.PrimExpr, vectors: int, k: tir.PrimExpr
-    ) -> None:
+    def _write_row(self, unit: _Unit, row: tir.PrimExpr, first: tir.PrimExpr, vectors: int, k: tir.PrimExpr) -> None:
         """Pixels of a filter out of the line into the image, as far as this strip gives them."""
         code, plan, geometry = self.code, self.plan, self.plan.geometry
         tiles = vectors * plan.lanes

@@ -77,7 +77,7 @@ class WinogradPlan:
 def winograd_plan(geometry: ConvGeometry, tile: int, cpu: Cpu) -> WinogradPlan:
     """The plan for a CPU."""
     layout, _ = _layout(geometry, tile, cpu.lanes)
-    blocking = winograd_blocking(layout.vectors, cpu)
+    blocking = winograd_blocking(layout.vectors, geometry.out_channels, cpu)
     return WinogradPlan.of(geometry, tile, cpu.lanes, blocking.vectors, blocking.together)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import tvm
 from tvm import te
@@ -11,6 +12,7 @@ from tvm import te
 from jointsparse.schedules.buffers import argument_buffers, direct_buffers, why_too_large, winograd_buffers
 from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.epilogues import Activation
+from jointsparse.schedules.formats import pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import why_not_direct, why_not_winograd
 from jointsparse.schedules.sparse_direct import sparse_direct
@@ -28,12 +30,13 @@ GEOMETRIES = {
 each_target = pytest.mark.parametrize("target", ["llvm", "llvm -mcpu=haswell", "llvm -mcpu=skylake-avx512"])
 
 
-def arguments(shape: tuple[int, ...], rows: int) -> list[te.Tensor]:
+def arguments(shape: tuple[int, ...], rows: int, *more: te.Tensor) -> list[te.Tensor]:
     return [
         te.placeholder(shape, name="data"),
         te.placeholder((16,), name="values"),
         te.placeholder((16,), "int32", name="indices"),
         te.placeholder((rows + 1,), "int32", name="indptr"),
+        *more,
     ]
 
 
@@ -73,15 +76,20 @@ def test_direct_buffers_are_those_of_the_code(geometry: ConvGeometry, target: st
 def test_winograd_buffers_are_those_of_the_code(name: str, tile: int, target: str) -> None:
     geometry = GEOMETRIES[name]
     plan = winograd_plan(geometry, tile, cpu_facts(target))
-    inputs = arguments(plan.source.shape(geometry.batch, geometry.in_channels), geometry.out_channels * plan.positions)
+    bundles = plan.bundles * plan.positions
+    filters = te.placeholder((bundles * plan.blocking.together,), "int32", name="filters")
+    inputs = arguments(plan.source.shape(geometry.batch, geometry.in_channels), bundles, filters)
     bias = te.placeholder((geometry.out_channels,), name="bias")
-    result = sparse_winograd(*inputs, bias, None, plan=plan, activation=Activation())
+    result = sparse_winograd(*inputs, bias, None, plan=plan, activation=Activation(), prefetch=True)
     sizes = allocated(te.create_schedule(result.op), [*inputs, bias, result])
     buffers = winograd_buffers(plan)
     assert buffers["input in tiles"] == math.prod(int(size) for size in inputs[0].shape)
     assert buffers["result in tiles"] == math.prod(int(size) for size in result.shape)
     assert (buffers["transformed input"], buffers["products"]) == (sizes["V"], sizes["M"])
     assert max(sizes.values()) == max(sizes["V"], sizes["M"])
+    n = round(plan.positions**0.5)
+    full = pack_winograd(np.ones((*geometry.weight_shape[:2], n, n)), plan)
+    assert buffers["weights in bundles"] == full.indptr[-1] * plan.blocking.together
 
 
 @pytest.mark.parametrize(
@@ -116,12 +124,16 @@ def test_buffers_in_between_beyond_32_bits_are_refused() -> None:
     full = ConvGeometry(1, 1, 1, 1, 600_000_000, (1, 1))
     assert "sums of 2400000000 elements" in str(why_not_direct(full, "llvm"))
     deep = ConvGeometry(1, 10_000_000, 1, 1, 1, (5, 5), padding=(2, 2, 2, 2))
-    assert "transformed input of 2560001024 elements" in str(why_not_winograd(deep, 4, "llvm"))
+    assert "transformed input of 2560001280 elements" in str(why_not_winograd(deep, 4, "llvm"))
     deeper = ConvGeometry(1, 30_000_000, 1, 1, 1, (3, 3), padding=(1, 1, 1, 1))
     assert "input in tiles of 5760000000 elements" in str(why_not_winograd(deeper, 4, "llvm"))
     many = ConvGeometry(1, 1, 1, 1, 30_000_000, (3, 3), padding=(1, 1, 1, 1))
     assert "result in tiles of 5760000000 elements" in str(why_not_winograd(many, 4, "llvm"))
     assert [why_not_direct(geometry, "llvm") for geometry in (deep, deeper, many)] == [None] * 3
+    # 33 rows at a position, and three that fill the last bundle up.
+    uneven = ConvGeometry(1, 4_000_000, 1, 1, 33, (3, 3), padding=(1, 1, 1, 1))
+    assert argument_buffers(uneven, 16)["weights"] < 2**31 - 1
+    assert "weights in bundles of 2304000000 elements" in str(why_not_winograd(uneven, 2, "llvm"))
 
 
 def test_a_large_image_that_is_computed_in_blocks_is_taken() -> None:

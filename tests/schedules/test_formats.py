@@ -14,13 +14,14 @@ from jointsparse.schedules.blocking import WinogradBlocking, winograd_blocking
 from jointsparse.schedules.direct_plan import DirectPlan, direct_plan, in_one_row
 from jointsparse.schedules.formats import pack_direct, pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.winograd_plan import winograd_plan
+from jointsparse.schedules.winograd_plan import WinogradPlan, winograd_plan
 from tests import reference
 
 
 @dataclass(frozen=True)
 class Cpu:
     lanes: int = 8
+    registers: int = 16
     accumulators: int = 12
     l1: int = 32 * 1024
     l2: int = 256 * 1024
@@ -179,46 +180,109 @@ def test_below_the_length_of_a_vector_rows_share_vectors(width: int, height: int
     assert plan.rows % (16 // plan.cols) == 0
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4])
+@pytest.mark.parametrize("together", [1, 2, 3, 4])
 @pytest.mark.parametrize("sparsity", [0.0, 0.7, 0.97])
-def test_winograd_rows_round_trip(group: int, sparsity: float) -> None:
-    geometry = ConvGeometry(1, 6, 9, 9, 4, (3, 3), groups=2)
+@pytest.mark.parametrize(("groups", "filters"), [(1, 7), (2, 10), (3, 12)])
+@pytest.mark.parametrize(("lanes", "vectors"), [(8, 2), (1, 3)])
+def test_winograd_rows_round_trip(
+    together: int, sparsity: float, groups: int, filters: int, lanes: int, vectors: int
+) -> None:
+    geometry = ConvGeometry(1, 6, 40, 9, filters, (3, 3), groups=groups)
+    plan = WinogradPlan.of(geometry, 4, lanes, vectors, together)
     rng = np.random.default_rng(0)
-    weight = rng.standard_normal((4, 3, 6, 6)) * (rng.random((4, 3, 6, 6)) >= sparsity)
-    weight[1] = 0
-    rows = pack_winograd(weight, geometry, group)
-    assert rows.group == group
-    dense, want = np.zeros((6, 6, 4, 6)), np.zeros((6, 6, 4, 6))
-    want[:, :, :2, :3], want[:, :, 2:, 3:] = weight[:2].transpose(2, 3, 0, 1), weight[2:].transpose(2, 3, 0, 1)
-    for row, (start, end) in enumerate(zip(group * rows.indptr, group * rows.indptr[1:], strict=False)):
-        nonzeros = np.flatnonzero(want.reshape(-1, 6)[row])
-        values, indices = rows.values[start:end], rows.indices[start:end]
-        assert end - start == -(-len(nonzeros) // group) * group
-        np.testing.assert_array_equal(indices[: len(nonzeros)], nonzeros)
-        # Filled up with zeros of the row's own: they must not read what the row does not.
-        assert not values[len(nonzeros) :].any()
-        assert set(indices) == set(nonzeros)
-        np.add.at(dense.reshape(-1, 6)[row], indices, values)
-    np.testing.assert_allclose(dense, want, rtol=1e-6)
+    weight = rng.standard_normal((filters, 6 // groups, 6, 6)).astype(np.float32)
+    weight[rng.random(weight.shape) < sparsity] = 0
+    weight[1], weight[:, :, 2, 3] = 0, 0
+    rows = pack_winograd(weight, plan)
+    assert len(rows.indptr) == 36 * plan.bundles + 1
+    assert (plan.bundles - 1) * together < filters <= plan.bundles * together
+    assert rows.indptr[0] == 0
+    whole = np.zeros((36, filters, 6), np.float32)
+    for k in range(filters):
+        first = k // (filters // groups) * (6 // groups)
+        whole[:, k, first : first + 6 // groups] = weight[k].reshape(-1, 36).T
+    numbers = rows.filters.reshape(36, plan.bundles * together)
+    # Every filter once, nobody's rows behind them.
+    for of_position in numbers:
+        assert sorted(of_position[:filters]) == list(range(filters))
+        assert set(of_position[filters:]) <= {filters}
+    end = together * rows.indptr[-1]
+    for bundle, (start, stop) in enumerate(zip(rows.indptr[:-1], rows.indptr[1:], strict=True)):
+        longest = 0
+        for lane in range(together):
+            position, place = divmod(bundle * together + lane, plan.bundles * together)
+            k = numbers[position, place]
+            want = whole[position, k] if k < filters else np.zeros(6, np.float32)
+            nonzeros = np.flatnonzero(want)
+            entries = slice(start * together + lane, stop * together + lane, together)
+            values, indices = rows.values[entries], rows.indices[entries].astype(np.int64) * plan.index_unit
+            longest = max(longest, len(nonzeros))
+            assert len(values) == stop - start
+            np.testing.assert_array_equal(indices[: len(nonzeros)], nonzeros * plan.tiles)
+            np.testing.assert_array_equal(values[: len(nonzeros)], want[nonzeros])
+            # Filled up with zeros times zeros: a row must not read what it has no weight for.
+            assert not values[len(nonzeros) :].any()
+            assert set(indices[len(nonzeros) :]) <= {6 * plan.tiles}
+        assert stop - start == longest
     assert np.count_nonzero(rows.values) == np.count_nonzero(weight)
-    assert not rows.values[group * rows.indptr[-1] :].any()
+    assert not rows.values[end:].any()
+    assert set(rows.indices[end:]) <= {6 * plan.index_step}
+
+
+@pytest.mark.parametrize("together", [2, 3, 4])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.98])
+def test_bundles_are_filled_up_with_little(together: int, sparsity: float) -> None:
+    """Sorted, the bundles of a position lack no more than one of the longest rows for each place but the first."""
+    filters, channels = 66, 96
+    rng = np.random.default_rng(0)
+    kept = (1 - sparsity) * 2 * rng.random((filters, 1, 1, 1))
+    weight = rng.standard_normal((filters, channels, 4, 4)) * (rng.random((filters, channels, 4, 4)) < kept)
+    plan = WinogradPlan.of(ConvGeometry(1, channels, 9, 9, filters, (3, 3)), 2, 8, 2, together)
+    rows = pack_winograd(weight, plan)
+    counts = np.count_nonzero(weight, axis=1).reshape(filters, 16)
+    stored = together * np.diff(rows.indptr).reshape(16, plan.bundles).sum(axis=1)
+    assert (stored >= counts.sum(axis=0)).all()
+    assert (stored - counts.sum(axis=0) <= (together - 1) * counts.max(axis=0)).all()
+    numbers = rows.filters.reshape(16, -1)[:, :filters]
+    for position, of_position in enumerate(numbers):
+        assert (np.diff(counts[of_position, position]) <= 0).all()
+    assert stored.sum() <= len(rows.values) == len(rows.indices) <= max(16, stored.sum() * 9 / 8)
 
 
 @pytest.mark.parametrize(
-    ("channels", "dtype"), [(1, "uint8"), (256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")]
+    ("channels", "lanes", "step", "dtype"),
+    [
+        (1, 1, 1, "uint8"),
+        (255, 1, 1, "uint8"),
+        (256, 1, 1, "uint16"),
+        (65_535, 1, 1, "uint16"),
+        (65_536, 1, 1, "uint32"),
+        (15, 16, 16, "uint8"),
+        (16, 16, 16, "uint16"),
+        (4095, 16, 16, "uint16"),
+        (4096, 16, 16, "uint32"),
+    ],
 )
-def test_channels_are_stored_in_the_fewest_bytes(channels: int, dtype: str) -> None:
+def test_channels_are_stored_in_the_fewest_bytes(channels: int, lanes: int, step: int, dtype: str) -> None:
+    """That of zeros, behind all others, too."""
+    geometry = ConvGeometry(1, channels, 4, 4, 1, (3, 3))
+    plan = WinogradPlan.of(geometry, 2, lanes, 2 if lanes > 1 else 1, 2)
+    assert plan.index_step == step
     weight = np.zeros((1, channels, 4, 4), np.float32)
     weight[0, -1] = 1
-    rows = pack_winograd(weight, ConvGeometry(1, channels, 4, 4, 1, (3, 3)))
+    rows = pack_winograd(weight, plan)
     assert rows.indices.dtype == dtype
-    assert set(rows.indices[:16]) == {channels - 1}
+    assert set(rows.indices[:32:2]) == {(channels - 1) * step}
+    assert set(rows.indices[1:32:2]) == {channels * step}
+    # It is the plan, not the weights, that decides: layers of one shape share a kernel.
+    assert pack_winograd(np.zeros_like(weight), plan).indices.dtype == dtype
 
 
 def test_all_zero_weights_have_storage_and_no_entries() -> None:
     geometry = ConvGeometry(1, 2, 9, 9, 4, (3, 3))
+    plans = [WinogradPlan.of(geometry, 4, 8, 1, together) for together in (1, 4)]
     rows = pack_direct(np.zeros(geometry.weight_shape), direct_plan(geometry, Cpu()))
-    for some in (rows, *(pack_winograd(np.zeros((4, 2, 6, 6)), geometry, group) for group in (1, 4))):
+    for some in (rows, *(pack_winograd(np.zeros((4, 2, 6, 6)), plan) for plan in plans)):
         assert len(some.values) == len(some.indices) > 0
         assert not some.indptr.any()
 
@@ -305,14 +369,35 @@ def test_winograd_blocks_cover_all_tiles(geometry: ConvGeometry, m: int, lanes: 
     blocking, vectors = plan.blocking, plan.result.vectors
     assert (blocking.blocks - 1) * blocking.vectors + blocking.last == vectors
     assert 1 <= blocking.last <= blocking.vectors <= vectors
-    assert blocking.split >= 1
-    assert blocking.vectors * blocking.split <= cpu.accumulators
+    assert blocking.together >= 1
+    assert blocking.vectors * blocking.together <= cpu.registers * 3 // 4
+    # Room for what fills up: a channel of zeros, and a filter that is none.
+    assert plan.index_unit * plan.index_step == plan.tiles == blocking.vectors * lanes
+    assert plan.input_stride >= (geometry.in_channels + 1) * plan.tiles
+    assert plan.product_stride >= (geometry.out_channels + 1) * plan.tiles
 
 
-@given(vectors=st.integers(1, 5000), accumulators=st.integers(1, 24))
-@settings(max_examples=200, deadline=None, derandomize=True)
-def test_blocks_are_evenly_filled(vectors: int, accumulators: int) -> None:
-    blocking = winograd_blocking(vectors, Cpu(accumulators=accumulators))
+@given(
+    vectors=st.integers(1, 5000),
+    filters=st.integers(1, 600),
+    registers=st.integers(2, 32),
+    lanes=st.sampled_from([1, 4, 8, 16]),
+)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_blocks_and_bundles_are_evenly_filled(vectors: int, filters: int, registers: int, lanes: int) -> None:
+    blocking = winograd_blocking(vectors, filters, Cpu(lanes=lanes, registers=registers))
     assert blocking.vectors == -(-vectors // blocking.blocks)
-    assert blocking.vectors <= accumulators
-    assert blocking == WinogradBlocking.of(vectors, blocking.vectors, blocking.split)
+    assert blocking.vectors * blocking.together <= registers * 3 // 4
+    assert 1 <= blocking.together <= filters
+    bundles = -(-filters // blocking.together)
+    assert bundles * blocking.together - filters < bundles
+    assert blocking == WinogradBlocking.of(vectors, blocking.vectors, blocking.together)
+
+
+@pytest.mark.parametrize("channels", [31, 32, 63, 64, 127, 128, 255, 256, 512])
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_positions_are_not_a_multiple_of_4_kib_apart(channels: int, lanes: int) -> None:
+    """They would compete for the same lines of L1."""
+    plan = WinogradPlan.of(ConvGeometry(1, channels, 66, 66, channels, (3, 3)), 4, lanes, 32 // lanes, 4)
+    assert 4 * plan.input_stride % 4096
+    assert 4 * plan.product_stride % 4096

@@ -122,11 +122,11 @@ def test_other_data_than_the_operator_was_made_for_is_refused(tile: int, kind: t
 
 @pytest.mark.parametrize(
     "kind",
-    [((1, 6, 16, 33), "float32"), ((1, 6, 16, 32), "float16"), ((1, 6, relay.Any(), 32), "float32"), ((6,), "float32")],
+    [((1, 6, 16, 37), "float32"), ((1, 6, 16, 36), "float16"), ((1, 6, relay.Any(), 36), "float32"), ((6,), "float32")],
 )
 def test_other_tiles_than_an_operator_was_made_for_are_refused(kind: tuple) -> None:
     layout = TileLayout(11, 13, 4, 4, False, 4)
-    assert layout.shape(1, 6) == (1, 6, 16, 32)
+    assert layout.shape(1, 6) == (1, 6, 16, 36)
     back = module(SMALL, lambda y: y, 4)["main"].body
     operators = [back.op, back.args[0].op]
     assert [operator.name for operator in operators] == [FROM_TILES, WINOGRAD]
@@ -156,7 +156,8 @@ def test_bias_and_residual_of_another_shape_are_refused(
 ) -> None:
     body = module(SMALL, lambda y: y, tile)["main"].body
     convolution = body.args[0] if tile else body
-    arguments = [*convolution.args[:4], relay.const(np.zeros(bias, np.float32))]
+    *arguments, _ = convolution.args
+    arguments.append(relay.const(np.zeros(bias, np.float32)))
     names = (WINOGRAD, WINOGRAD_ADD) if tile else (DIRECT, DIRECT_ADD)
     if residual is not None:
         arguments.append(relay.const(np.zeros(residual, np.float32)))
@@ -503,6 +504,25 @@ def test_arguments_are_not_changed(tile: int) -> None:
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])
 def test_no_zeros_and_nothing_but_zeros(tile: int, sparsity: float) -> None:
     check_plain(SMALL, tile, sparsity=sparsity)
+
+
+@pytest.mark.parametrize("tile", [0, 2, 4], ids=["direct", "winograd F2", "winograd F4"])
+@pytest.mark.parametrize("filters", [1, 7])
+def test_a_channel_that_a_filter_does_not_read_is_not_felt(tile: int, filters: int) -> None:
+    """Nor by filters whose rows are filled up beside those that read it."""
+    geometry = ConvGeometry(2, 5, 11, 13, filters, (3, 3), padding=(1, 1, 1, 1))
+    if tile and filters > 1:
+        together = winograd_plan(geometry, tile, cpu_facts(LLVM)).blocking.together
+        assert filters % together > 0
+    weight, data = weights(geometry, tile, 0.6), data_of(geometry)
+    blind = np.arange(filters) % 3 == 0
+    weight[blind, 0] = weight[blind, 4] = 0
+    want = expected(data, weight, geometry, tile)
+    data[:, 0], data[:, 4] = np.inf, np.nan
+    x = relay.var("x", shape=data.shape)
+    result = run(build(tvm.IRModule.from_expr(relay.Function([x], sparse(x, weight, geometry, tile)))), x=data)
+    close(result[:, blind], want[:, blind])
+    assert not np.isfinite(result[:, ~blind, 3:8, 3:8]).any()
 
 
 @BOTH

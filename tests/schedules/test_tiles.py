@@ -82,7 +82,10 @@ def test_sizes(layout: TileLayout) -> None:
     assert layout.shape(3, 5) == (3, 5, layout.planes, layout.size)
     assert layout.planes == layout.m * (layout.m + 2 * layout.halo if layout.spread else layout.m)
     assert layout.margin % layout.lanes == 0
-    assert layout.size == 2 * layout.margin + layout.vectors * layout.lanes
+    assert layout.end == layout.margin + layout.vectors * layout.lanes
+    # An odd number of vectors, none too many.
+    assert layout.size % (2 * layout.lanes) == layout.lanes
+    assert layout.end + layout.margin <= layout.size <= layout.end + layout.margin + layout.lanes
     # Vectors hold the last tile, and one fewer would not.
     tiles = tile_place(layout, down - 1, right - 1) + 1 - layout.margin
     assert (layout.vectors - 1) * layout.lanes < down * layout.cols <= layout.vectors * layout.lanes
@@ -99,7 +102,7 @@ def test_vectors_never_read_beyond_a_plane(layout: TileLayout) -> None:
         for col in range(-layout.halo, layout.m + layout.halo)
     ]
     assert min(shifts) >= -layout.margin
-    assert layout.margin + layout.vectors * layout.lanes + max(shifts) <= layout.size
+    assert layout.end + max(shifts) <= layout.size
 
 
 @MATH

@@ -12,9 +12,9 @@ import tvm
 from tvm import te, tir
 
 from jointsparse.schedules import operators  # noqa: F401  (readies LLVM)
-from jointsparse.schedules.sparse_winograd import row_groups
 from jointsparse.schedules.vector_code import VectorCode, even_odd
 from jointsparse.schedules.winograd import KERNELS, TILES, Matrix, transform
+from jointsparse.schedules.winograd_steps import row_groups
 
 MATRICES = {
     f"{name} of F({m}, {r})": getattr(transform(m, r), name) for m in TILES for r in KERNELS for name in ("AT", "BT")
@@ -138,6 +138,26 @@ def test_sums_of_the_published_filters(name: str, sums: int) -> None:
     code = Rationals()
     code.product(MATRICES[name], code.load_number(numbers(len(MATRICES[name][0]))))
     assert code.counts["sum"] == sums
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_fetches_ahead_where_the_target_can(prefetch: bool) -> None:
+    """Beyond the end, too."""
+
+    def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
+        code = VectorCode(tvm.tir.ir_builder.create(), 4, prefetch=prefetch)
+        with code.loop(3, "i") as i:
+            code.fetch(ins[0], i * 4 + 5000)
+            code.store(outs[0], code.load(ins[0], i * 4), i * 4)
+        return code.ib.get()
+
+    source = te.placeholder((12,), name="source")
+    target = te.extern([source.shape], [source], emit, dtype="float32")
+    function = tvm.build(te.create_schedule(target.op), [source, target], "llvm")
+    assert ("call void @llvm.prefetch" in function.get_source("ll")) == prefetch
+    data, result = np.arange(12, dtype=np.float32), tvm.nd.array(np.zeros(12, np.float32))
+    function(tvm.nd.array(data), result)
+    np.testing.assert_array_equal(result.numpy(), data)
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 16])
