@@ -22,7 +22,11 @@ _PARALLEL_BLOCKS = 4
 FILTER_CHUNKS = 8
 """Into how many parts filters are split to run in parallel."""
 
-_SHARES_OF_L1 = (0.5, 1.0)
+_THREADS = (1, 2, 4)
+_IDLE = 0.3
+"""How much idle threads count: one thread is the common case."""
+
+_SHARES_OF_L1 = (0.5, 0.75, 1.0)
 """For what is packed of a block of channels."""
 
 _NONZERO = 0.2
@@ -238,25 +242,32 @@ def _channel_blocks(plan: DirectPlan, cpu: Cpu, channel_size: int) -> Iterator[D
 def _nanoseconds(plan: DirectPlan, cpu: Cpu) -> float:
     """Roughly, for an image on one thread; only ratios matter.
 
-    Fitted to 1800 measurements of these plans for 29 layers, with AVX-512 and AVX2 (VDSR, CT-SRCNN, ResNet-18,
-    GoogLeNet, AlexNet, VGG-16). By it the plan chosen takes 1.04 times as long as the best measured, 1.5 at worst.
+    Fitted to 2154 measurements of such plans for 29 layers of VDSR, CT-SRCNN, ResNet-18, GoogLeNet, AlexNet and VGG-16,
+    80 % zeros, weights cold. Of the plans measured for a layer, 10 to 50, the one that comes first by it takes 1.05
+    times as long as the best with AVX-512, 1.08 with AVX2; at worst 1.4 and 1.5, where memory is what counts.
     """
     geometry, line = plan.geometry, plan.lanes * _FLOAT / _LINE
     _, channels, height, width = geometry.weight_shape
     down, across = plan.blocks
-    share = min(1.0, plan.channels * (plan.channel_size if plan.packed else plan.cols) * _FLOAT / cpu.l1)
-    multiply_add = 0.12 + 0.1 * share * line**2 + 0.15 * plan.straddling * line
+    # How much of L1 is taken by what a block of channels reads, and by the sums that come by in between.
+    read = min(1.0, plan.channels * (plan.channel_size if plan.packed else plan.cols) * _FLOAT / cpu.l1)
+    sums_bytes = geometry.out_channels * plan.rows * plan.cols * _FLOAT
+    passing = min(1.0, sums_bytes / cpu.l1) if plan.visits > 1 else 0.0
+    multiply_add = 0.12 + (0.1 * read + 0.02 * passing) * line**2 + 0.17 * plan.straddling * line
     products = _NONZERO * channels * height * width * plan.panels * (0.25 + multiply_add * plan.panel_vectors)
     # Out to L2 and back between blocks of channels; then to the image, worse if many rows are begun at a time.
-    sums_bytes = geometry.out_channels * plan.rows * plan.cols * _FLOAT
-    sums = plan.vectors * line * (0.75 * (plan.visits - 1) + 1.8 + 0.9 * min(1.0, sums_bytes / _MANY_SUMS))
+    sums = plan.vectors * line * (0.7 * (plan.visits - 1) + 1.8 + 0.9 * min(1.0, sums_bytes / _MANY_SUMS))
     packing = 0.0
     if plan.packed:
-        elements = plan.plane_cols * (0.95 / _LINE * _FLOAT if geometry.strides[1] <= 2 else 0.09)
+        elements = plan.plane_cols * (0.95 / _LINE * _FLOAT if geometry.strides[1] <= 2 else 0.095)
         packing = geometry.in_channels * len(plan.starts) * len(plan.phases) * plan.plane_rows * (0.3 + elements)
-    # Of the last parts threads have unequally many.
-    parts = geometry.batch * down * across if plan.blocks_in_parallel else FILTER_CHUNKS
-    return down * across * (geometry.out_channels * (products + sums) + packing) * (1 + 0.5 / parts)
+    parts = geometry.batch * down * across if plan.blocks_in_parallel else min(FILTER_CHUNKS, geometry.out_channels)
+    return down * across * (geometry.out_channels * (products + sums) + packing) * (1 + _IDLE * _idle(parts))
+
+
+def _idle(parts: int) -> float:
+    """How much longer than evenly shared work takes in so many parts, over a few numbers of threads."""
+    return sum(round_up(parts, threads) / parts - 1 for threads in _THREADS) / len(_THREADS)
 
 
 def _is_pixelwise(geometry: ConvGeometry) -> bool:

@@ -3,7 +3,8 @@
 ``out[k, p] = sum over e of values[e] * planes[indices[e] + p]``, e over the non-zeros of filter k, p over the outputs
 of a block, which are vector lanes: weights are broadcast, every load is contiguous (Park et al., ICLR 2017, for the
 offset form; Elsen et al., arXiv 1911.09723, for vectors over pixels). Input channels are blocked, so that what all
-filters read of a few channels stays in L1; in between the sums of a block lie in L2.
+filters read of a few channels stays in L1; in between the sums of a block lie in L2. A 1x1 filter may read the input
+itself, where packing it would take longer than loads that are not aligned.
 
 It is written in TIR, not TE, which cannot go on with a data-dependent sum where it was left.
 """

@@ -207,6 +207,20 @@ def test_an_image_in_one_row() -> None:
         assert in_one_row(replace(pixelwise, **other)) == replace(pixelwise, **other)
 
 
+def test_forms_chosen() -> None:
+    """Each where it is the fastest."""
+    cpu = Cpu(lanes=16, accumulators=15, l1=48 * 1024)
+    same = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+    one_filter = direct_plan(ConvGeometry(1, 64, 256, 256, 1, **same), cpu)
+    assert not one_filter.shifted
+    assert one_filter.panels > 1
+    deep = direct_plan(ConvGeometry(1, 256, 14, 14, 256, **same), cpu)
+    assert deep.shifted
+    assert deep.panels == 1
+    assert not direct_plan(ConvGeometry(1, 64, 56, 56, 64, (1, 1)), cpu).packed
+    assert direct_plan(ConvGeometry(1, 832, 7, 7, 256, (1, 1)), cpu).packed
+
+
 @given(width=st.integers(1, 15), height=st.integers(1, 40))
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_below_the_length_of_a_vector_rows_share_vectors(width: int, height: int) -> None:
