@@ -26,6 +26,8 @@ _THREADS = (1, 2, 4)
 _IDLE = 0.3
 """How much idle threads count: one thread is the common case."""
 
+_LAUNCH = 1500  # ns, to give threads their parts of a block
+
 _SHARES_OF_L1 = (0.5, 0.75, 1.0)
 """For what is packed of a block of channels."""
 
@@ -261,8 +263,10 @@ def _nanoseconds(plan: DirectPlan, cpu: Cpu) -> float:
     if plan.packed:
         elements = plan.plane_cols * (0.95 / _LINE * _FLOAT if geometry.strides[1] <= 2 else 0.095)
         packing = geometry.in_channels * len(plan.starts) * len(plan.phases) * plan.plane_rows * (0.3 + elements)
-    parts = geometry.batch * down * across if plan.blocks_in_parallel else min(FILTER_CHUNKS, geometry.out_channels)
-    return down * across * (geometry.out_channels * (products + sums) + packing) * (1 + _IDLE * _idle(parts))
+    work = down * across * (geometry.out_channels * (products + sums) + packing)
+    if plan.blocks_in_parallel:
+        return work * (1 + _IDLE * _idle(geometry.batch * down * across))
+    return work * (1 + _IDLE * _idle(min(FILTER_CHUNKS, geometry.out_channels))) + _LAUNCH * down * across
 
 
 def _idle(parts: int) -> float:
