@@ -317,7 +317,7 @@ def _direct_work(geometry: ConvGeometry, cpu: CpuFacts) -> _Work:
     outputs = geometry.batch * geometry.out_channels * geometry.out_height * geometry.out_width
     return _Work(
         panels=blocks * plan.panels,
-        panel_vectors=plan.panel_vectors,
+        panel_vectors=-(-plan.panel_vectors * plan.lanes // cpu.lanes),
         rows=geometry.out_channels * plan.channel_blocks,
         packed=packed,
         inputs=packed,

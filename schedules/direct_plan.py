@@ -45,7 +45,7 @@ class DirectPlan:
 
     Attributes:
         geometry: of the convolution; of one with 1x1 filters that reads every pixel, with all pixels in one row.
-        lanes: of a vector.
+        lanes: of a vector; may be fewer than the CPU has.
         rows, cols: outputs of a block, down and across.
         channels: input channels of a block of channels.
         panels: parts of a block, of whole rows, whose sums are in registers at a time.
@@ -196,41 +196,49 @@ def direct_plan(geometry: ConvGeometry, cpu: Cpu) -> DirectPlan:
 
 def candidates(geometry: ConvGeometry, cpu: Cpu) -> Iterator[DirectPlan]:
     """Plans with panels whose sums stay in registers."""
-    for cols, step in _widths(geometry, cpu):
-        for rows in _heights(geometry, cpu, cols, step):
-            for panels in _PANELS:
-                yield from _plans(geometry, cpu, panels * rows, cols, panels)
+    for lanes in _vector_lengths(geometry, cpu):
+        for cols, step in _widths(geometry, lanes, cpu.accumulators):
+            for rows in _heights(geometry, cpu.accumulators * lanes // cols, step):
+                for panels in _PANELS:
+                    yield from _plans(geometry, cpu, DirectPlan(geometry, lanes, panels * rows, cols, 1, panels))
 
 
-def _widths(geometry: ConvGeometry, cpu: Cpu) -> Iterator[tuple[int, int]]:
+def _vector_lengths(geometry: ConvGeometry, cpu: Cpu) -> Iterator[int]:
+    """Also half a line of the cache: of two rows in a line every other tap is not aligned."""
+    yield cpu.lanes
+    if cpu.lanes * _FLOAT == _LINE and geometry.out_width <= cpu.lanes // 2:
+        yield cpu.lanes // 2
+
+
+def _widths(geometry: ConvGeometry, lanes: int, accumulators: int) -> Iterator[tuple[int, int]]:
     """Columns of a block, and of how many rows vectors are whole."""
-    lanes, width = cpu.lanes, geometry.out_width
+    width = geometry.out_width
     if width < lanes:
         cols = 1 << (width - 1).bit_length()
         yield cols, max(1, lanes // cols)
         return
-    across = -(-width // (cpu.accumulators * lanes))
+    across = -(-width // (accumulators * lanes))
     widths = {round_up(-(-width // parts), lanes) for parts in range(across, 3 * across + 1)}
     yield from ((cols, 1) for cols in sorted(widths))
 
 
-def _heights(geometry: ConvGeometry, cpu: Cpu, cols: int, step: int) -> Iterator[int]:
-    """Rows of a panel; no more than fill the last one about as well as the others."""
-    most = max(step, cpu.accumulators * cpu.lanes // cols // step * step)
+def _heights(geometry: ConvGeometry, most: int, step: int) -> Iterator[int]:
+    """Rows of a panel, `most` at most; no more than fill the last one about as well as the others."""
+    most = max(step, most // step * step)
     down = {-(-geometry.out_height // rows) for rows in range(step, most + 1, step)}
     yield from (round_up(-(-geometry.out_height // panels), step) for panels in sorted(down))
 
 
-def _plans(geometry: ConvGeometry, cpu: Cpu, rows: int, cols: int, panels: int) -> Iterator[DirectPlan]:
-    """Packed in one way or the other, or not at all."""
-    plan = DirectPlan(geometry, cpu.lanes, rows, cols, 1, panels)
-    if panels > 1 and not plan.blocks_in_parallel:
+def _plans(geometry: ConvGeometry, cpu: Cpu, plan: DirectPlan) -> Iterator[DirectPlan]:
+    """This one packed in one way or the other, or not at all."""
+    if plan.panels > 1 and not plan.blocks_in_parallel:
         return
-    if rows == geometry.in_height == 1 and cpu.lanes <= cols <= geometry.out_width and _is_pixelwise(geometry):
-        yield from _channel_blocks(replace(plan, packed=False), cpu, cols)
+    in_whole_vectors = plan.lanes <= plan.cols <= geometry.out_width
+    if plan.rows == geometry.in_height == 1 and in_whole_vectors and _is_pixelwise(geometry):
+        yield from _channel_blocks(replace(plan, packed=False), cpu, plan.cols)
     for shifted in (True, False):
         form = replace(plan, shifted=shifted)
-        if shifted or (geometry.kernel[1] > 1 and (cols >= cpu.lanes or form.plane_cols == cols)):
+        if shifted or (geometry.kernel[1] > 1 and plan.cols >= plan.lanes):
             yield from _channel_blocks(form, cpu, form.channel_size)
 
 

@@ -219,6 +219,8 @@ def test_forms_chosen() -> None:
     assert deep.panels == 1
     assert not direct_plan(ConvGeometry(1, 64, 56, 56, 64, (1, 1)), cpu).packed
     assert direct_plan(ConvGeometry(1, 832, 7, 7, 256, (1, 1)), cpu).packed
+    assert direct_plan(ConvGeometry(1, 256, 14, 14, 512, strides=(2, 2), **same), cpu).lanes == 8
+    assert deep.lanes == one_filter.lanes == 16
 
 
 @given(width=st.integers(1, 15), height=st.integers(1, 40))
@@ -227,8 +229,9 @@ def test_below_the_length_of_a_vector_rows_share_vectors(width: int, height: int
     plan = direct_plan(ConvGeometry(1, 4, height + 2, width + 2, 4, (3, 3)), Cpu(lanes=16))
     assert plan.blocks[1] == 1
     assert width <= plan.cols < 2 * width
-    assert 16 % plan.cols == 0
-    assert plan.rows % (16 // plan.cols) == 0
+    assert plan.lanes == 16 or (width <= 8 and plan.lanes == 8)
+    assert plan.lanes % plan.cols == 0
+    assert plan.rows % (plan.lanes // plan.cols) == 0
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4])
@@ -342,7 +345,7 @@ def test_direct_blocks_cover_the_output(geometry: ConvGeometry, lanes: int, grou
     plan = direct_plan(geometry, cpu)
     assert (plan.blocks[0] - 1) * plan.rows < geometry.out_height <= plan.blocks[0] * plan.rows
     assert (plan.blocks[1] - 1) * plan.cols < geometry.out_width <= plan.blocks[1] * plan.cols
-    assert plan.rows * plan.cols % lanes == 0
+    assert plan.rows * plan.cols % plan.lanes == 0
     assert 1 <= plan.panel_vectors <= cpu.accumulators
     assert plan.vectors == plan.panels * plan.panel_vectors
     assert plan.rows % plan.panels == 0
