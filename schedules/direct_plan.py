@@ -12,6 +12,7 @@ from .geometry import ConvGeometry, round_up
 _FLOAT = 4  # bytes
 _LINE = 64  # bytes of a line of the cache
 _MANY_SUMS = 256 * 1024  # bytes
+_FAR = 1024 * 1024  # bytes of input, of which rows read again are no longer near
 
 _PANELS = (1, 2, 4, 8)
 """Panels tried in a block."""
@@ -270,7 +271,10 @@ def _nanoseconds(plan: DirectPlan, cpu: Cpu) -> float:
     packing = 0.0
     if plan.packed:
         elements = plan.plane_cols * (0.95 / _LINE * _FLOAT if geometry.strides[1] <= 2 else 0.095)
-        packing = geometry.in_channels * len(plan.starts) * len(plan.phases) * plan.plane_rows * (0.3 + elements)
+        rows = geometry.in_channels * len(plan.phases) * plan.plane_rows
+        packing = rows * len(plan.starts) * (0.3 + elements)
+        if geometry.in_channels * geometry.in_height * geometry.in_width * _FLOAT > _FAR:
+            packing += rows * plan.plane_cols * geometry.strides[1] * _FLOAT / _LINE * 6
     work = down * across * (geometry.out_channels * (products + sums) + packing)
     if plan.blocks_in_parallel:
         return work * (1 + _IDLE * _idle(geometry.batch * down * across))
