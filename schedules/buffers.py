@@ -47,7 +47,7 @@ def dense_buffers(plan: DensePlan, lanes: int) -> dict[str, int]:
 
 def direct_buffers(plan: DirectPlan) -> dict[str, int]:
     """Elements of what sparse direct convolution keeps in between."""
-    return {"packed input": plan.planes_size, "sums": plan.geometry.out_channels * plan.rows * plan.cols}
+    return {"packed input": plan.planes_size, "sums": plan.sums_filters * plan.rows * plan.cols}
 
 
 def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:

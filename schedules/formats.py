@@ -50,10 +50,11 @@ class BundledRows:
 
 
 def pack_direct(weight: NDArray[np.floating], plan: DirectPlan) -> SparseRows:
-    """Rows are (block of channels, output channel), the block first; an index is a row of the block's planes.
+    """Rows are (block of channels, output channel), the block first; an index is an offset into the block's planes.
 
-    So the index is an offset into a padded image, as in SkimCaffe (Park et al., "Faster CNNs with direct sparse
-    convolutions and guided pruning", ICLR 2017), and stride, dilation, padding and groups cost nothing in the kernel.
+    These are the padded image, as in SkimCaffe (Park et al., "Faster CNNs with direct sparse convolutions and guided
+    pruning", ICLR 2017), so stride, dilation, padding and groups cost nothing in the kernel. Where nothing is packed,
+    it is a channel of the block.
 
     Args:
         weight: (K, C / groups, kh, kw).
@@ -63,12 +64,12 @@ def pack_direct(weight: NDArray[np.floating], plan: DirectPlan) -> SparseRows:
     out_channel, channel, row, col = np.nonzero(weight)
     channel_block, within = np.divmod(_whole_channel(geometry, out_channel, channel), plan.channels)
     taps = np.array([[plan.tap(r, c) for c in range(geometry.kernel[1])] for r in range(geometry.kernel[0])], np.int64)
-    offsets = within * plan.channel_rows + taps[row, col]
+    offsets = within * plan.channel_size + taps[row, col] if plan.packed else within
     rows = channel_block * geometry.out_channels + out_channel
     order = np.argsort(rows, kind="stable")
     counts = np.bincount(rows, minlength=plan.channel_blocks * geometry.out_channels)
     packed = _rows(weight[out_channel, channel, row, col][order], offsets[order], counts)
-    most = plan.channels * plan.channel_rows - 1
+    most = plan.channels * (plan.channel_size if plan.packed else 1) - 1
     return replace(packed, indices=packed.indices.astype(np.min_scalar_type(most)))
 
 

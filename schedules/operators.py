@@ -227,10 +227,10 @@ def _constants(rows: SparseRows | BundledRows) -> list[relay.Expr]:
 def direct_plan_of(attrs: tvm.ir.Attrs) -> DirectPlan:
     """How a call of the direct operator computes, as decided when it was made."""
     geometry = in_one_row(unpack(ConvGeometry, attrs))
-    return DirectPlan(geometry, **{name: int(attrs[name]) for name in _DIRECT_PLAN})
+    return DirectPlan(geometry, **{name: plain(attrs[name]) for name in _DIRECT_PLAN})
 
 
-_DIRECT_PLAN = ("lanes", "rows", "cols", "channels")
+_DIRECT_PLAN = ("lanes", "rows", "cols", "channels", "panels", "shifted", "packed")
 """Fields of a DirectPlan among the attributes."""
 
 

@@ -3,28 +3,26 @@
 ``out[k, p] = sum over e of values[e] * planes[indices[e] + p]``, e over the non-zeros of filter k, p over the outputs
 of a block, which are vector lanes: weights are broadcast, every load is contiguous (Park et al., ICLR 2017, for the
 offset form; Elsen et al., arXiv 1911.09723, for vectors over pixels). Input channels are blocked, so that what all
-filters read of a few channels stays in L1; in between the sums of a block lie in L2.
+filters read of a few channels stays in L1; in between the sums of a block lie in L2. A 1x1 filter may read the input
+itself, where packing it would take longer than loads that are not aligned.
 
 It is written in TIR, not TE, which cannot go on with a data-dependent sum where it was left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import tvm
 from tvm import te, tir
 
 from .convolution_buffers import ConvolutionBuffers, convolution
-from .direct_plan import DirectPlan
+from .direct_plan import FILTER_CHUNKS, DirectPlan
 from .epilogues import Activation
+from .row_code import copy_every, each_run, each_vector
 from .vector_code import VectorCode
-
-_PARALLEL_BLOCKS = 4
-"""With this many blocks or more, blocks run in parallel; with fewer, the channels and filters of a block."""
-
-_FILTER_CHUNKS = 8
-"""Into how many parts filters are split to run in parallel."""
 
 
 def sparse_direct(
@@ -67,17 +65,21 @@ def sparse_direct(
 
 @dataclass(frozen=True)
 class _Block:
-    """Outputs of an image. down, across: of the block, in blocks."""
+    """Outputs of an image. top, left: its first. across: of the block, in blocks."""
 
     image: tir.PrimExpr
-    down: tir.PrimExpr
+    top: tir.PrimExpr
+    left: tir.PrimExpr
     across: tir.PrimExpr
 
 
-def blocks_in_parallel(plan: DirectPlan) -> bool:
-    """Whether each block is computed from beginning to end by one thread."""
-    down, across = plan.blocks
-    return plan.geometry.batch * down * across >= _PARALLEL_BLOCKS
+@dataclass(frozen=True)
+class _Work:
+    """A block and the memory for it; planes are None where the input is read as it is."""
+
+    block: _Block
+    planes: tir.Buffer | None
+    sums: tir.Buffer
 
 
 class _Kernel:
@@ -93,138 +95,238 @@ class _Kernel:
 
     def emit(self) -> tir.Stmt:
         down, across = self.plan.blocks
-        outer, inner = ("parallel", "serial") if blocks_in_parallel(self.plan) else ("serial", "parallel")
+        outer, inner = ("parallel", "serial") if self.plan.blocks_in_parallel else ("serial", "parallel")
         with self.code.loop(self.geometry.batch * down * across, "block", outer) as i:
             image, within = i // (down * across), tir.floormod(i, down * across)
-            self._block(_Block(image, within // across, tir.floormod(within, across)), inner)
+            self._block(self._at(image, within // across, tir.floormod(within, across)), inner)
         return self.ib.get()
 
-    def _block(self, block: _Block, kind: str) -> None:
+    def _at(self, image: tir.PrimExpr, down: tir.PrimExpr, across: tir.PrimExpr) -> _Block:
         plan, geometry = self.plan, self.geometry
-        planes = self.ib.allocate("float32", plan.planes_size, name="planes", scope="global")._buffer
-        outputs = plan.vectors * plan.lanes
-        sums = self.ib.allocate("float32", geometry.out_channels * outputs, name="sums", scope="global")._buffer
-        with self.code.loop(geometry.in_channels, "c", kind) as c:
-            self._fill_planes(block, c, planes)
-        if geometry.groups == 1:
-            self._all_filters(block, planes, sums, kind)
+        left = across * plan.cols
+        if not plan.packed:
+            # The last block ends with the image, some of its outputs computed twice: nothing is read beyond.
+            left = tir.min(left, geometry.out_width - plan.cols)
+        return _Block(image, down * plan.rows, self.code.let(left), across)
+
+    def _block(self, block: _Block, kind: str) -> None:
+        plan = self.plan
+        operands = self._allocate("planes", plan.planes_size) if plan.packed else None
+        sums = self._allocate("sums", plan.sums_filters * plan.vectors * plan.lanes)
+        work = _Work(block, operands, sums)
+        if kind == "parallel":
+            self._pack(work, 0, self.geometry.in_channels, kind)
+        if self.geometry.groups > 1:
+            self._grouped_filters(work, kind)
+        elif kind == "parallel":
+            self._chunks_of_filters(work)
         else:
-            self._grouped_filters(block, planes, sums, kind)
+            self._channels_by_channels(work)
 
-    def _all_filters(self, block: _Block, planes: tir.Buffer, sums: tir.Buffer, kind: str) -> None:
+    def _allocate(self, name: str, elements: int) -> tir.Buffer:
+        return self.ib.allocate("float32", elements, name=name, scope="global")._buffer
+
+    def _channels_by_channels(self, work: _Work) -> None:
+        """What is packed at a time is in L1 while all filters go over it."""
+        plan = self.plan
+        with self.code.loop(plan.channel_blocks, "c") as channels:
+            first = channels * plan.channels
+            self._pack(work, first, _part(plan.channels, self.geometry.in_channels, first), "serial")
+            self._add_products(work, channels, 0, self.geometry.out_channels)
+
+    def _chunks_of_filters(self, work: _Work) -> None:
         filters = self.geometry.out_channels
-        chunk = -(-filters // _FILTER_CHUNKS) if kind == "parallel" else filters
-        with self.code.loop(-(-filters // chunk), "chunk", kind) as part:
+        chunk = -(-filters // FILTER_CHUNKS)
+        with self.code.loop(-(-filters // chunk), "chunk", "parallel") as part:
             first = part * chunk
-            count = chunk if filters % chunk == 0 else tir.min(chunk, filters - first)
-            with self.code.loop(count, "k") as k:
-                self._begin(first + k, sums)
-            with self.code.loop(self.plan.channel_blocks, "c") as channels, self.code.loop(count, "k") as k:
-                self._add_products(channels, first + k, planes, sums)
-            with self.code.loop(count, "k") as k:
-                self._finish(block, first + k, sums)
+            with self.code.loop(self.plan.channel_blocks, "c") as channels:
+                self._add_products(work, channels, first, _part(chunk, filters, first))
 
-    def _grouped_filters(self, block: _Block, planes: tir.Buffer, sums: tir.Buffer, kind: str) -> None:
+    def _grouped_filters(self, work: _Work, kind: str) -> None:
         """A filter reads the channels of its group only, and a block of channels is of whole groups."""
-        blocks = self.plan.channel_blocks
-        count = self.geometry.out_channels // blocks
-        with self.code.loop(blocks, "c", kind) as channels, self.code.loop(count, "k") as k:
-            self._begin(channels * count + k, sums)
-            self._add_products(channels, channels * count + k, planes, sums)
-            self._finish(block, channels * count + k, sums)
+        plan = self.plan
+        count = self.geometry.out_channels // plan.channel_blocks
+        with self.code.loop(plan.channel_blocks, "c", kind) as channels:
+            if kind == "serial":
+                self._pack(work, channels * plan.channels, plan.channels, kind)
+            self._add_products(work, channels, channels * count, count)
 
-    def _fill_planes(self, block: _Block, c: tir.PrimExpr, planes: tir.Buffer) -> None:
+    def _pack(self, work: _Work, first: tir.PrimExpr, count: tir.PrimExpr, kind: str) -> None:
+        """Fill planes with channels."""
+        if work.planes is not None:
+            with self.code.loop(count, "c", kind) as c:
+                self._fill_planes(work.block, first + c, c * self.plan.channel_size, work.planes)
+
+    def _fill_planes(self, block: _Block, c: tir.PrimExpr, base: tir.PrimExpr, planes: tir.Buffer) -> None:
         """Of one channel, zero padding included."""
         plan, geometry = self.plan, self.geometry
         for number, phase in enumerate(plan.phases):
             with self.code.loop(plan.plane_rows, "row") as row:
-                pixel_row = (block.down * plan.rows + row) * geometry.strides[0] + (phase - geometry.padding[0])
-                starts = [
-                    (c * plan.channel_rows + plan.plane_row(col, number) + row) * plan.cols
-                    for col in range(geometry.kernel[1])
+                pixel_row = (block.top + row) * geometry.strides[0] + (phase - geometry.padding[0])
+                rows = [
+                    (column, base + plan.plane(i, number) + row * plan.plane_cols)
+                    for i, column in enumerate(plan.starts)
                 ]
                 with self.ib.if_scope(tir.all(pixel_row >= 0, pixel_row < geometry.in_height)):
-                    for col, start in enumerate(starts):
-                        self._fill_row(block, c, pixel_row, col, planes, start)
+                    spans = [_spans(plan, across) for across in range(plan.blocks[1])]
+                    each_run(self.ib, block.across, spans, partial(self._fill_rows, block, c, pixel_row, planes, rows))
                 with self.ib.else_scope():
-                    for start in starts:
-                        self._zero(planes, start, 0, plan.cols)
+                    for _, start in rows:
+                        self._zero(planes, start, plan.plane_cols)
 
-    def _fill_row(
+    def _fill_rows(
         self,
         block: _Block,
         c: tir.PrimExpr,
         pixel_row: tir.PrimExpr,
-        col: int,
         planes: tir.Buffer,
-        start: tir.PrimExpr,
+        rows: Sequence[tuple[int, tir.PrimExpr]],
+        spans: Sequence[_Span],
     ) -> None:
-        """What a column of the filter reads of a row of pixels."""
-        plan, geometry = self.plan, self.geometry
-        stride = geometry.strides[1]
-        # Pixel under the first output: left of the image by as much as `first` is below 0.
-        first = block.across * (plan.cols * stride) + (col * geometry.dilation[1] - geometry.padding[1])
-        begin = tir.max(0, tir.min(plan.cols, tir.floordiv(stride - 1 - first, stride)))
-        end = tir.max(begin, tir.min(plan.cols, tir.floordiv(geometry.in_width - 1 - first, stride) + 1))
-        begin, end = self.code.let(begin), self.code.let(end)
-        self._zero(planes, start, 0, begin)
-        with self.code.loop(end - begin, "x") as x:
-            at = self._pixel(self.buffers.data, pixel_row, first + (begin + x) * stride)
-            self.ib.emit(tir.BufferStore(planes, self.buffers.data[(block.image, c, *at)], [start + begin + x]))
-        self._zero(planes, start, end, plan.cols)
+        """One of each plane, from the same row of pixels; (column of the filter, where the row begins)."""
+        stride = self.geometry.strides[1]
+        for (column, start), span in zip(rows, spans, strict=True):
+            first = block.left * stride + (column - self.geometry.padding[1] + span.begin * stride)
+            self._zero(planes, start, span.begin)
+            copy_every(
+                self.code,
+                (self.buffers.data, (block.image, c, pixel_row), first),
+                (planes, (), start + span.begin),
+                stride,
+                span.count,
+                span.safe,
+            )
+            end = span.begin + span.count
+            self._zero(planes, start + end, self.plan.plane_cols - end)
 
-    def _zero(self, buffer: tir.Buffer, start: tir.PrimExpr, begin: tir.PrimExpr, end: tir.PrimExpr) -> None:
-        with self.code.loop(end - begin, "x") as x:
-            self.ib.emit(tir.BufferStore(buffer, tir.const(0, "float32"), [start + begin + x]))
+    def _zero(self, buffer: tir.Buffer, start: tir.PrimExpr, count: int) -> None:
+        each_vector(self.code, count, lambda code, x: code.store(buffer, code.splat(0.0), start + x))
 
-    def _begin(self, k: tir.PrimExpr, sums: tir.Buffer) -> None:
-        bias = self.code.keep(self.code.splat(self.buffers.bias[k]))
-        for t in range(self.plan.vectors):
-            self.code.store(sums, bias, self._sum(k, t))
+    def _sum(self, k: tir.PrimExpr) -> tir.PrimExpr:
+        """Where those of a filter begin."""
+        outputs = self.plan.vectors * self.plan.lanes
+        return k * outputs if self.plan.sums_filters > 1 else tir.const(0, "int32")
 
-    def _sum(self, k: tir.PrimExpr, t: int) -> tir.PrimExpr:
-        return (k * self.plan.vectors + t) * self.plan.lanes
+    def _add_products(self, work: _Work, channels: tir.PrimExpr, first: tir.PrimExpr, count: tir.PrimExpr) -> None:
+        """Those of filters with a block of channels; after the last block a filter is done."""
+        code, plan = self.code, self.plan
+        with code.loop(count, "k") as i:
+            k = code.let(first + i)
+            with code.loop(plan.panels, "panel") as panel:
+                self._add_to_panel(work, channels, k, panel)
+            if plan.visits == 1:
+                self._finish(work, k)
+                return
+            with self.ib.if_scope(channels == plan.visits - 1):
+                self._finish(work, k)
 
-    def _add_products(self, channels: tir.PrimExpr, k: tir.PrimExpr, planes: tir.Buffer, sums: tir.Buffer) -> None:
-        """Those of a filter with a block of channels: sums in registers, non-zeros outside, vectors inside."""
+    def _add_to_panel(self, work: _Work, channels: tir.PrimExpr, k: tir.PrimExpr, panel: tir.PrimExpr) -> None:
+        """Sums in registers, non-zeros outside, vectors inside."""
         code, plan, buffers = self.code, self.plan, self.buffers
         row = code.let(channels * self.geometry.out_channels + k)
         first = code.let(buffers.indptr[row])
-        count = code.let(buffers.indptr[row + 1] - first)
-        base = code.let(channels * (plan.channels * plan.channel_rows * plan.cols))
-        inside = code.array(plan.vectors, "inside")
-        for t, one in enumerate(inside):
-            code.set(one, code.load(sums, self._sum(k, t)))
-        with code.loop(count, "e") as e:
-            operand = code.let(base + tir.Cast("int32", buffers.indices[first + e]) * plan.cols)
+        base = code.let(self._operands(work, channels, panel))
+        begin = code.let(self._sum(k) + panel * (plan.panel_vectors * plan.lanes))
+        inside = code.array(plan.panel_vectors, "inside")
+        self._begin(work, channels, k, begin, inside)
+        with code.loop(buffers.indptr[row + 1] - first, "e") as e:
+            operand = code.let(base + tir.Cast("int32", buffers.indices[first + e]) * plan.unit)
             weight = code.keep(code.splat(buffers.values[first + e]))
             for t, one in enumerate(inside):
-                code.set(one, one + weight * code.load(planes, operand + t * plan.lanes))
+                code.set(one, one + weight * self._load(work, operand + plan.operand(t)))
         for t, one in enumerate(inside):
-            code.store(sums, one, self._sum(k, t))
+            code.store(work.sums, one, begin + t * plan.lanes)
 
-    def _finish(self, block: _Block, k: tir.PrimExpr, sums: tir.Buffer) -> None:
+    def _begin(
+        self,
+        work: _Work,
+        channels: tir.PrimExpr,
+        k: tir.PrimExpr,
+        begin: tir.PrimExpr,
+        inside: Sequence[tir.BufferLoad],
+    ) -> None:
+        """With the bias, or where the block of channels before left off."""
+        if self.plan.visits == 1:
+            self._begin_with_bias(k, inside)
+            return
+        with self.ib.if_scope(channels == 0):
+            self._begin_with_bias(k, inside)
+        with self.ib.else_scope():
+            for t, one in enumerate(inside):
+                self.code.set(one, self.code.load(work.sums, begin + t * self.plan.lanes))
+
+    def _begin_with_bias(self, k: tir.PrimExpr, inside: Sequence[tir.BufferLoad]) -> None:
+        for one in inside:
+            self.code.set(one, self.code.splat(self.buffers.bias[k]))
+
+    def _operands(self, work: _Work, channels: tir.PrimExpr, panel: tir.PrimExpr) -> tir.PrimExpr:
+        """Where those of a panel begin, of a block of channels."""
+        plan, geometry = self.plan, self.geometry
+        if work.planes is None:
+            first = work.block.image * geometry.in_channels + channels * plan.channels
+            return first * geometry.in_width + work.block.left
+        down = panel * (plan.rows // plan.panels * plan.plane_cols)
+        return down if plan.blocks_in_parallel else channels * (plan.channels * plan.channel_size) + down
+
+    def _load(self, work: _Work, at: tir.PrimExpr) -> tir.PrimExpr:
+        if work.planes is not None:
+            return self.code.load(work.planes, at)
+        # The input, counted through.
+        return self.code.load(self.buffers.data, 0, 0, 0, at)
+
+    def _finish(self, work: _Work, k: tir.PrimExpr) -> None:
         """Residual, activation, and the outputs of a block into their image."""
         plan, geometry = self.plan, self.geometry
-        with self.code.loop(plan.rows, "row") as row:
-            y = block.down * plan.rows + row
-            with self.ib.if_scope(y < geometry.out_height):
-                self._finish_row(block, k, y, (k * plan.rows + row) * plan.cols, sums)
+        widths = [_outputs_across(plan, across) for across in range(plan.blocks[1])]
+        with self.code.loop(_part(plan.rows, geometry.out_height, work.block.top), "row") as row:
+            place = (work.block.top + row, self._sum(k) + row * plan.cols)
+            each_run(self.ib, work.block.across, widths, partial(self._finish_row, work, k, *place))
 
-    def _finish_row(
-        self, block: _Block, k: tir.PrimExpr, y: tir.PrimExpr, start: tir.PrimExpr, sums: tir.Buffer
-    ) -> None:
-        left = block.across * self.plan.cols
-        with self.code.loop(tir.min(self.plan.cols, self.geometry.out_width - left), "x") as x:
-            at = (block.image, k, *self._pixel(self.buffers.result, y, left + x))
-            value = sums[start + x]
+    def _finish_row(self, work: _Work, k: tir.PrimExpr, y: tir.PrimExpr, start: tir.PrimExpr, width: int) -> None:
+        def finish(code: VectorCode, x: tir.PrimExpr) -> None:
+            # An image in one row is counted through.
+            at = (work.block.image, k, y, work.block.left + x)
+            value = code.load(work.sums, start + x)
             if self.buffers.residual is not None:
-                value = value + self.buffers.residual[at]
-            value = self.activation.emit(VectorCode(self.ib, 1), value)
-            self.ib.emit(tir.BufferStore(self.buffers.result, value, at))
+                value = value + code.load(self.buffers.residual, *at)
+            code.store(self.buffers.result, self.activation.emit(code, value), *at)
 
-    def _pixel(self, image: tir.Buffer, row: tir.PrimExpr, col: tir.PrimExpr) -> tuple[tir.PrimExpr, tir.PrimExpr]:
-        """Where a pixel is that the plan counts in one row. TVM folds the division back into the flat offset."""
-        width = int(image.shape[3])
-        is_in_one_row = int(image.shape[2]) != 1 and self.geometry.in_height == self.geometry.out_height == 1
-        return (col // width, tir.floormod(col, width)) if is_in_one_row else (row, col)
+        each_vector(self.code, width, finish)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Elements of a row of a plane that are pixels: what is before and behind is zero.
+
+    Attributes:
+        begin: the first. count: how many. safe: of how many the pixels up to the next one's are in the image as well.
+    """
+
+    begin: int
+    count: int
+    safe: int
+
+
+def _spans(plan: DirectPlan, across: int) -> tuple[_Span, ...]:
+    """By planes across, in a block."""
+    geometry = plan.geometry
+    stride, length = geometry.strides[1], plan.plane_cols
+    spans = []
+    for column in plan.starts:
+        # Left of the image by as much as it is below 0.
+        first = across * plan.cols * stride + column - geometry.padding[1]
+        begin = max(0, min(length, -(first // stride)))
+        end = max(begin, min(length, (geometry.in_width - 1 - first) // stride + 1))
+        safe = (geometry.in_width - first - begin * stride) // stride
+        spans.append(_Span(begin, end - begin, max(0, min(end - begin, safe))))
+    return tuple(spans)
+
+
+def _outputs_across(plan: DirectPlan, across: int) -> int:
+    """Columns of a block that are in the image."""
+    return min(plan.cols, plan.geometry.out_width - across * plan.cols) if plan.packed else plan.cols
+
+
+def _part(size: int, of: int, first: tir.PrimExpr) -> tir.PrimExpr:
+    """How many of `of` are in the part from `first` on, of `size` but for the last."""
+    return tir.const(size, "int32") if of % size == 0 else tir.min(size, of - first)

@@ -69,11 +69,11 @@ class VectorCode:
 
     def load(self, buffer: tir.Buffer, *index: tir.PrimExpr) -> tir.PrimExpr:
         """A vector from an index on, along the last axis."""
-        return tir.BufferLoad(buffer, self._along_last(index))
+        return tir.BufferLoad(buffer, self.places(*index))
 
     def store(self, buffer: tir.Buffer, value: tir.PrimExpr, *index: tir.PrimExpr) -> None:
         """A vector to an index, along the last axis."""
-        self.ib.emit(tir.BufferStore(buffer, value, self._along_last(index)))
+        self.ib.emit(tir.BufferStore(buffer, value, self.places(*index)))
 
     def split_columns(self, buffer: tir.Buffer, count: int, *index: tir.PrimExpr) -> list[tir.PrimExpr]:
         """Vectors of every `count`-th element from an index on, one for each remainder."""
@@ -102,7 +102,8 @@ class VectorCode:
         place = tir.address_of(tir.BufferLoad(buffer, list(index)))
         self.ib.emit(tir.Evaluate(tir.call_intrin("handle", "tir.prefetch", place, to_read, every_level, data)))
 
-    def _along_last(self, index: Sequence[tir.PrimExpr]) -> list[tir.PrimExpr]:
+    def places(self, *index: tir.PrimExpr) -> list[tir.PrimExpr]:
+        """Indices of a vector from an index on, along the last axis."""
         *outer, last = index
         return [*outer, tir.Ramp(last, 1, self.lanes) if self.lanes > 1 else last]
 

@@ -65,9 +65,9 @@ def test_direct_buffers_are_those_of_the_code(geometry: ConvGeometry, target: st
     bias = te.placeholder((geometry.out_channels,), name="bias")
     result = sparse_direct(*inputs, bias, None, plan=plan, shape=geometry.out_shape, activation=Activation())
     sizes = allocated(te.create_schedule(result.op), [*inputs, bias, result])
-    assert direct_buffers(plan) == {"packed input": sizes["planes"], "sums": sizes["sums"]}
+    assert direct_buffers(plan) == {"packed input": sizes.get("planes", 0), "sums": sizes["sums"]}
     # Registers apart, which are small arrays.
-    assert max(sizes.values()) == max(sizes["planes"], sizes["sums"]) or 4 * max(sizes.values()) < STACK_BYTES
+    assert max(sizes.values()) == max(sizes.get("planes", 0), sizes["sums"]) or 4 * max(sizes.values()) < STACK_BYTES
 
 
 @each_target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from jointsparse.schedules.blocking import WinogradBlocking, winograd_blocking
-from jointsparse.schedules.direct_plan import DirectPlan, direct_plan, in_one_row
-from jointsparse.schedules.formats import pack_direct, pack_winograd
+from jointsparse.schedules.direct_plan import DirectPlan, candidates, direct_plan, in_one_row
+from jointsparse.schedules.formats import SparseRows, pack_direct, pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.winograd_plan import WinogradPlan, winograd_plan
 from tests import reference
@@ -52,18 +53,20 @@ def test_geometry() -> None:
 
 
 def planes_of(data: NDArray, plan: DirectPlan, down: int, across: int) -> NDArray:
-    """What a block reads of the images (C, H, W): (C, rows of a channel, columns), pixels outside the image zero."""
+    """What a block reads of the images (C, H, W): (C, planes of a channel), pixels outside the image zero. What may be
+    anything is NaN."""
     geometry = plan.geometry
-    planes = np.zeros((geometry.in_channels, plan.channel_rows, plan.cols))
-    for col in range(geometry.kernel[1]):
-        for number, phase in enumerate(plan.phases):
-            for row in range(plan.plane_rows):
-                y = (down * plan.rows + row) * geometry.strides[0] + phase - geometry.padding[0]
-                x = (across * plan.cols + np.arange(plan.cols)) * geometry.strides[1]
-                x += col * geometry.dilation[1] - geometry.padding[1]
-                inside = (x >= 0) & (x < geometry.in_width)
-                if 0 <= y < geometry.in_height:
-                    planes[:, plan.plane_row(col, number) + row, inside] = data[:, y, x[inside]]
+    planes = np.full((geometry.in_channels, plan.channel_size), np.nan)
+    for (i, start), (number, phase) in product(enumerate(plan.starts), enumerate(plan.phases)):
+        for row in range(plan.plane_rows):
+            y = (down * plan.rows + row) * geometry.strides[0] + phase - geometry.padding[0]
+            x = (across * plan.cols + np.arange(plan.plane_cols)) * geometry.strides[1]
+            x += start - geometry.padding[1]
+            inside = (x >= 0) & (x < geometry.in_width)
+            to = plan.plane(i, number) + row * plan.plane_cols + np.arange(plan.plane_cols)
+            planes[:, to] = 0
+            if 0 <= y < geometry.in_height:
+                planes[:, to[inside]] = data[:, y, x[inside]]
     return planes
 
 
@@ -72,20 +75,34 @@ def convolve(data: NDArray, weight: NDArray, plan: DirectPlan) -> NDArray:
     geometry = plan.geometry
     rows = pack_direct(weight, plan)
     down, across = plan.blocks
-    size = plan.rows * plan.cols
-    out = np.zeros((geometry.out_channels, down, plan.rows, across, plan.cols))
+    out = np.zeros((geometry.out_channels, down * plan.rows, across * plan.cols))
     for i, j in np.ndindex(down, across):
-        flat = planes_of(data, plan, i, j).reshape(-1)
-        sums = np.zeros((geometry.out_channels, size))
-        for block, k in np.ndindex(plan.channel_blocks, geometry.out_channels):
-            first = block * plan.channels * plan.channel_rows
-            row = block * geometry.out_channels + k
-            for e in range(rows.indptr[row], rows.indptr[row + 1]):
-                start = (first + int(rows.indices[e])) * plan.cols
-                sums[k] += rows.values[e] * flat[start : start + size]
-        out[:, i, :, j] = sums.reshape(-1, plan.rows, plan.cols)
-    image = out.reshape(geometry.out_channels, down * plan.rows, across * plan.cols)
-    return image[:, : geometry.out_height, : geometry.out_width]
+        left = j * plan.cols
+        if plan.packed:
+            flat = planes_of(data, plan, i, j).reshape(-1)
+            flat = np.append(flat, np.full(plan.planes_size - plan.planes_channels * plan.channel_size, np.nan))
+        else:
+            left = min(left, geometry.out_width - plan.cols)
+            flat = data.reshape(-1)[left:]
+        for k in range(geometry.out_channels):
+            sums = sums_of(flat, rows, plan, k).reshape(plan.rows, plan.cols)
+            out[k, i * plan.rows : (i + 1) * plan.rows, left : left + plan.cols] = sums
+    return out[:, : geometry.out_height, : geometry.out_width]
+
+
+def sums_of(flat: NDArray, rows: SparseRows, plan: DirectPlan, k: int) -> NDArray:
+    """Of a filter in a block, whose operands these are."""
+    sums = np.zeros((plan.panels, plan.panel_vectors, plan.lanes))
+    for block in range(plan.channel_blocks):
+        row = block * plan.geometry.out_channels + k
+        first = block * plan.channels * (plan.channel_size if plan.packed else plan.unit)
+        for e, panel in product(range(rows.indptr[row], rows.indptr[row + 1]), range(plan.panels)):
+            start = first + int(rows.indices[e]) * plan.unit + panel * plan.rows // plan.panels * plan.plane_cols
+            for vector in range(plan.panel_vectors):
+                at = start + plan.operand(vector)
+                assert at + plan.lanes <= len(flat)
+                sums[panel, vector] += rows.values[e] * flat[at : at + plan.lanes]
+    return sums
 
 
 def check_plan(plan: DirectPlan, seed: int) -> None:
@@ -131,34 +148,55 @@ def test_an_index_is_the_row_that_a_tap_reads(geometry: ConvGeometry, lanes: int
     rows=st.integers(1, 5),
     cols=st.sampled_from([4, 8, 16]),
     channels=st.integers(1, 3),
+    panels=st.integers(1, 3),
+    shifted=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=80, deadline=None, derandomize=True)
-def test_any_blocks_give_the_same(geometry: ConvGeometry, rows: int, cols: int, channels: int, seed: int) -> None:
+@settings(max_examples=120, deadline=None, derandomize=True)
+def test_any_blocks_give_the_same(
+    geometry: ConvGeometry, rows: int, cols: int, channels: int, panels: int, shifted: bool, seed: int
+) -> None:
     """Not only those that are chosen."""
     if geometry.groups > 1:
         channels *= geometry.in_channels // geometry.groups
         channels = channels if geometry.in_channels % channels == 0 else geometry.in_channels
-    check_plan(DirectPlan(geometry, 4, rows, cols, channels), seed)
+    check_plan(DirectPlan(geometry, 4, panels * rows, cols, channels, panels, shifted), seed)
+
+
+@given(
+    channels=st.integers(1, 7),
+    width=st.integers(4, 60),
+    cols=st.sampled_from([4, 8, 16]),
+    block=st.integers(1, 7),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_an_input_that_is_not_packed_gives_the_same(
+    channels: int, width: int, cols: int, block: int, seed: int
+) -> None:
+    geometry = ConvGeometry(1, channels, 1, max(width, cols), 3, (1, 1))
+    check_plan(DirectPlan(geometry, 4, 1, cols, min(block, channels), packed=False), seed)
 
 
 @given(geometry=DIRECT, lanes=st.sampled_from([1, 4, 8, 16]))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_planes_do_not_overlap(geometry: ConvGeometry, lanes: int) -> None:
-    plan = direct_plan(geometry, Cpu(lanes=lanes))
-    planes = [plan.plane_row(col, phase) for col in range(plan.geometry.kernel[1]) for phase in range(len(plan.phases))]
-    assert sorted(planes) == list(range(0, len(planes) * plan.plane_rows, plan.plane_rows))
-    assert len(planes) * plan.plane_rows <= plan.channel_rows
-    taps = {plan.tap(r, c) for r in range(plan.geometry.kernel[0]) for c in range(plan.geometry.kernel[1])}
-    assert len(taps) == plan.geometry.kernel[0] * plan.geometry.kernel[1]
-    assert all(tap % plan.plane_rows + plan.rows <= plan.plane_rows for tap in taps)
+    for plan in candidates(in_one_row(geometry), Cpu(lanes=lanes)):
+        size = plan.plane_rows * plan.plane_cols
+        planes = [plan.plane(i, phase) for i in range(len(plan.starts)) for phase in range(len(plan.phases))]
+        assert planes == list(range(0, len(planes) * size, size))
+        assert len(planes) * size <= plan.channel_size
+        taps = {plan.tap(r, c) for r in range(plan.geometry.kernel[0]) for c in range(plan.geometry.kernel[1])}
+        assert len(taps) == plan.geometry.kernel[0] * plan.geometry.kernel[1]
+        outputs = (plan.rows - 1) * plan.plane_cols + min(plan.cols, plan.geometry.out_width)
+        assert all(tap % size + outputs <= size for tap in taps)
 
 
 def test_planes_of_channels_are_not_a_multiple_of_4_kib_apart() -> None:
     """They would compete for the same lines of L1."""
     plan = DirectPlan(ConvGeometry(1, 4, 64, 64, 4, (1, 1)), 8, 16, 64, 4)
     assert plan.plane_rows * plan.cols * 4 == 4096
-    assert plan.channel_rows == plan.plane_rows + 1
+    assert plan.channel_size == (plan.plane_rows + 1) * plan.cols
     check_plan(plan, 0)
 
 
@@ -170,14 +208,31 @@ def test_an_image_in_one_row() -> None:
         assert in_one_row(replace(pixelwise, **other)) == replace(pixelwise, **other)
 
 
+def test_forms_chosen() -> None:
+    """Each where it is the fastest."""
+    cpu = Cpu(lanes=16, accumulators=15, l1=48 * 1024)
+    same = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+    one_filter = direct_plan(ConvGeometry(1, 64, 256, 256, 1, **same), cpu)
+    assert not one_filter.shifted
+    assert one_filter.panels > 1
+    deep = direct_plan(ConvGeometry(1, 256, 14, 14, 256, **same), cpu)
+    assert deep.shifted
+    assert deep.panels == 1
+    assert not direct_plan(ConvGeometry(1, 64, 56, 56, 64, (1, 1)), cpu).packed
+    assert direct_plan(ConvGeometry(1, 832, 7, 7, 256, (1, 1)), cpu).packed
+    assert direct_plan(ConvGeometry(1, 256, 14, 14, 512, strides=(2, 2), **same), cpu).lanes == 8
+    assert deep.lanes == one_filter.lanes == 16
+
+
 @given(width=st.integers(1, 15), height=st.integers(1, 40))
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_below_the_length_of_a_vector_rows_share_vectors(width: int, height: int) -> None:
     plan = direct_plan(ConvGeometry(1, 4, height + 2, width + 2, 4, (3, 3)), Cpu(lanes=16))
     assert plan.blocks[1] == 1
     assert width <= plan.cols < 2 * width
-    assert 16 % plan.cols == 0
-    assert plan.rows % (16 // plan.cols) == 0
+    assert plan.lanes == 16 or (width <= 8 and plan.lanes == 8)
+    assert plan.lanes % plan.cols == 0
+    assert plan.rows % (plan.lanes // plan.cols) == 0
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 4])
@@ -296,16 +351,16 @@ def test_storage_is_little_more_than_the_nonzeros(nonzeros: int) -> None:
     assert nonzeros <= len(rows.values) <= max(16, nonzeros * 9 / 8)
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(16, "uint8"), (17, "uint16"), (4096, "uint16"), (4097, "uint32")])
-def test_rows_of_planes_are_stored_in_the_fewest_bytes(channels: int, dtype: str) -> None:
-    """16 rows of planes to a channel."""
+@pytest.mark.parametrize(("channels", "dtype"), [(4, "uint8"), (5, "uint16"), (1024, "uint16"), (1025, "uint32")])
+def test_offsets_into_planes_are_stored_in_the_fewest_bytes(channels: int, dtype: str) -> None:
+    """64 elements to a channel."""
     plan = DirectPlan(ConvGeometry(1, channels, 16, 8, 1, (1, 1), strides=(1, 2)), 4, 16, 4, channels)
-    assert plan.channel_rows == 16
+    assert plan.channel_size == 64
     weight = np.zeros(plan.geometry.weight_shape)
     weight[0, -1] = 3
     rows = pack_direct(weight, plan)
     assert rows.indices.dtype == dtype
-    assert rows.indices[0] == (channels - 1) * 16
+    assert rows.indices[0] == (channels - 1) * 64
     # It is the plan, not the weights, that decides: layers of one shape share a kernel.
     assert pack_direct(np.zeros_like(weight), plan).indices.dtype == dtype
 
@@ -327,7 +382,7 @@ def test_rows_are_blocks_of_channels_and_filters(groups: int, channels: int) -> 
         for c, r, s in zip(*np.nonzero(weight[k]), strict=True):
             within = k // (6 // groups) * of_group + c - block * channels
             if 0 <= within < channels:
-                want[within * plan.channel_rows + plan.tap(r, s)] = np.float32(weight[k, c, r, s])
+                want[within * plan.channel_size + plan.tap(r, s)] = np.float32(weight[k, c, r, s])
         assert dict(zip(rows.indices[entries], rows.values[entries], strict=True)) == want
         assert (entries.start == entries.stop) == (not want)
     assert np.count_nonzero(rows.values) == np.count_nonzero(weight)
@@ -354,8 +409,10 @@ def test_direct_blocks_cover_the_output(geometry: ConvGeometry, lanes: int, grou
     plan = direct_plan(geometry, cpu)
     assert (plan.blocks[0] - 1) * plan.rows < geometry.out_height <= plan.blocks[0] * plan.rows
     assert (plan.blocks[1] - 1) * plan.cols < geometry.out_width <= plan.blocks[1] * plan.cols
-    assert plan.rows * plan.cols % lanes == 0
-    assert 1 <= plan.vectors <= cpu.accumulators
+    assert plan.rows * plan.cols % plan.lanes == 0
+    assert 1 <= plan.panel_vectors <= cpu.accumulators
+    assert plan.vectors == plan.panels * plan.panel_vectors
+    assert plan.rows % plan.panels == 0
     assert (plan.channel_blocks - 1) * plan.channels < channels <= plan.channel_blocks * plan.channels
     # A block of channels is of whole groups.
     assert groups == 1 or channels % plan.channels == plan.channels % (channels // groups) == 0

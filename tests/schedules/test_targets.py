@@ -129,7 +129,7 @@ def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile
         blocking = winograd_plan(geometry, tile, facts).blocking
         vectors, broadcasts = blocking.vectors, blocking.together
     else:
-        vectors, broadcasts = direct_plan(geometry, facts).vectors, 1
+        vectors, broadcasts = direct_plan(geometry, facts).panel_vectors, 1
     multiply_add = re.compile(rf"vfmadd(?:132|231)ps\s+-?\d*\(%\w+(?:,%\w+(?:,\d)?)?\), %{register}\d+, %{register}\d+")
     inner = [
         loop
