@@ -333,7 +333,7 @@ def _winograd_work(geometry: ConvGeometry, tile: int, cpu: CpuFacts) -> _Work:
         panels=geometry.batch * plan.blocking.blocks,
         panel_vectors=plan.blocking.vectors,
         rows=geometry.out_channels * plan.positions,
-        packed=geometry.batch * geometry.in_channels * plan.source.planes * plan.source.size,
+        packed=geometry.batch * geometry.in_channels * plan.source.length,
         inputs=vectors * geometry.in_channels,
         outputs=vectors * geometry.out_channels,
     )

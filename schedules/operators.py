@@ -386,7 +386,7 @@ def _winograd_result(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
 def _images_in_tiles(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:
     """Of any two sizes first."""
     layout = unpack(TileLayout, attrs)
-    return [*[*data, None, None][:2], layout.planes, layout.size]
+    return [*[*data, None, None][:2], layout.length]
 
 
 def _image_shape(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:

@@ -43,13 +43,13 @@ def sparse_winograd(
     """Convolve, add, activate.
 
     Args:
-        data: (N, C, planes, size) in the plan's source layout, float32.
+        data: (N, C, length) in the plan's source layout, float32.
         values, indices, indptr, filters: BundledRows of formats.pack_winograd.
-        bias: (K,). residual: (N, K, planes, size) in the result's layout, or None.
+        bias: (K,). residual: (N, K, length) in the result's layout, or None.
         prefetch: whether code for the target can fetch ahead.
 
     Returns:
-        (N, K, planes, size) in the plan's result layout, zero around the image.
+        (N, K, length) in the plan's result layout, zero around the image.
     """
     shape = plan.result.shape(plan.geometry.batch, plan.geometry.out_channels)
     return convolution(
@@ -131,9 +131,8 @@ class _Kernel:
             steps.transform_output(k, block.length, products, partial(self._store_pixel, block, k, pixels))
 
     def _load_pixel(self, block: _Block, c: tir.PrimExpr, vector: tir.PrimExpr, row: int, col: int) -> tir.PrimExpr:
-        plane, shift = self.source.locate(row, col)
         place = self._place(self.source, block) + vector
-        return self.code.load(self.buffers.data, block.image, c, plane, place + shift)
+        return self.code.load(self.buffers.data, block.image, c, place + self.source.locate(row, col))
 
     def _store_pixel(
         self,
@@ -150,7 +149,7 @@ class _Kernel:
         rows, cols = pixels_of_places
         place = self._place(result, block) + vector
         if self.buffers.residual is not None:
-            value = value + code.load(self.buffers.residual, block.image, k, result.plane(i, j), place)
+            value = value + code.load(self.buffers.residual, block.image, k, result.plane(i, j) + place)
         value = code.keep(self.activation.emit(code, value))
         for col in result.columns:
             if col % m != j:
@@ -164,7 +163,7 @@ class _Kernel:
             if col < 0:
                 inside = tir.And(inside, col_at >= code.splat(-col, "int32"))
             kept = tir.Select(inside, value, code.splat(0.0))
-            code.store(self.buffers.result, kept, block.image, k, result.plane(i, col), place + to)
+            code.store(self.buffers.result, kept, block.image, k, result.plane(i, col) + place + to)
 
     def _pixels_of_places(self, block: _Block) -> tuple[tir.Buffer, tir.Buffer]:
         """First row and column of the tile at each place of a block, and of the vectors before and behind it."""
@@ -185,23 +184,25 @@ class _Kernel:
     def _clear_margins(self, block: _Block, k: tir.PrimExpr) -> None:
         result = self.result
 
-        def clear(start: int, stop: int) -> None:
-            with self.code.loop(result.planes, "plane") as plane:
+        def clear(start: int, stop: int, planes: int = result.planes) -> None:
+            with self.code.loop(planes, "plane") as plane:
                 for place in range(start, stop, self.lanes):
-                    self.code.store(self.buffers.result, self.code.splat(0.0), block.image, k, plane, place)
+                    at = plane * result.stride + place
+                    self.code.store(self.buffers.result, self.code.splat(0.0), block.image, k, at)
 
         with self.ib.if_scope(block.number == 0):
             clear(0, result.margin)
             self._clear_edge(block, k, result.margin, [col for col in result.columns if col < 0])
         with self.ib.if_scope(block.number == self.blocking.blocks - 1):
-            clear(result.end, result.size)
+            clear(result.end, result.stride)
+            clear(result.length - result.margin, result.length, planes=1)
             self._clear_edge(block, k, result.end - 1, [col for col in result.columns if col >= result.m])
 
     def _clear_edge(self, block: _Block, k: tir.PrimExpr, place: int, columns: Sequence[int]) -> None:
         """What no neighbour writes: the first tile has none to its left, the last place none to its right."""
         for col in columns:
             for row in range(self.result.m):
-                at = [block.image, k, self.result.plane(row, col), place]
+                at = [block.image, k, self.result.plane(row, col) + place]
                 self.ib.emit(tir.BufferStore(self.buffers.result, tir.const(0, "float32"), at))
 
     def _place(self, layout: TileLayout, block: _Block) -> tir.PrimExpr:

@@ -23,7 +23,7 @@ def to_tiles(data: te.Tensor, layout: TileLayout, offset: tuple[int, int] = (0, 
             the image is kept as far as a filter reaches, zeros elsewhere; that needs a spread layout.
 
     Returns:
-        (N, C, planes, size).
+        (N, C, length).
     """
     batch, channels, height, width = (int(s) for s in data.shape)
     down, right = offset
@@ -44,7 +44,7 @@ def to_tiles(data: te.Tensor, layout: TileLayout, offset: tuple[int, int] = (0, 
 
             def copy(row: int, col: int, ty: tir.PrimExpr, tx: tir.PrimExpr) -> tir.Stmt:
                 pixel = image[n, c, ty * layout.m + (row - down), tx * layout.m + (col - right)]
-                return tir.BufferStore(tiles, pixel, [n, c, layout.plane(row, col), _place(layout, ty, tx)])
+                return tir.BufferStore(tiles, pixel, [n, c, layout.plane(row, col) + _place(layout, ty, tx)])
 
             _clear(ib, tiles, [n, c])
             _each_pixel(ib, rows, columns, copy)
@@ -66,7 +66,7 @@ def from_tiles(tiles: te.Tensor, layout: TileLayout) -> te.Tensor:
             n, c = i // channels, tir.floormod(i, channels)
 
             def copy(row: int, col: int, ty: tir.PrimExpr, tx: tir.PrimExpr) -> tir.Stmt:
-                pixel = source[n, c, layout.plane(row, col), _place(layout, ty, tx)]
+                pixel = source[n, c, layout.plane(row, col) + _place(layout, ty, tx)]
                 return tir.BufferStore(image, pixel, [n, c, ty * layout.m + row, tx * layout.m + col])
 
             _each_pixel(ib, rows, columns, copy)
@@ -81,9 +81,8 @@ def _place(layout: TileLayout, ty: tir.PrimExpr, tx: tir.PrimExpr) -> tir.PrimEx
 
 
 def _clear(ib: IRBuilder, tiles: tir.Buffer, channel: Sequence[tir.PrimExpr]) -> None:
-    planes, size = tiles.shape[2:]
-    with ib.for_range(0, planes, name="plane") as plane, ib.for_range(0, size, name="place") as place:
-        ib.emit(tir.BufferStore(tiles, tir.const(0, "float32"), [*channel, plane, place]))
+    with ib.for_range(0, tiles.shape[2], name="place") as place:
+        ib.emit(tir.BufferStore(tiles, tir.const(0, "float32"), [*channel, place]))
 
 
 def _each_pixel(ib: IRBuilder, rows: Sequence[range], columns: Mapping[int, range], copy: _Copy) -> None:

@@ -20,7 +20,7 @@ from .geometry import round_up
 
 @dataclass(frozen=True)
 class TileLayout:
-    """An image of a tensor (batch, channels, planes, size).
+    """An image of a tensor (batch, channels, length): planes, one behind the other.
 
     Attributes:
         height, width: of the image, in pixels.
@@ -58,7 +58,8 @@ class TileLayout:
 
     @property
     def margin(self) -> int:
-        """Places of zeros before the first tile, and behind the last vector."""
+        """Places of zeros before the first tile of every plane, and behind the last plane. Those behind a plane are the
+        next one's."""
         return round_up(self.cols + 1, self.lanes)
 
     @property
@@ -72,26 +73,29 @@ class TileLayout:
         return self.margin + self.vectors * self.lanes
 
     @property
-    def size(self) -> int:
-        """Places of a plane: an odd number of vectors, for planes at powers of two apart would fight for the same few
-        ways of L1."""
-        vectors = (self.end + self.margin) // self.lanes
-        return (vectors + 1 - vectors % 2) * self.lanes
+    def stride(self) -> int:
+        """Places from a plane to the next; not a multiple of 1 KiB: planes would fight for the same few ways of L1."""
+        return self.end + (self.lanes if self.end % 256 == 0 else 0)
 
-    def shape(self, batch: int, channels: int) -> tuple[int, int, int, int]:
+    @property
+    def length(self) -> int:
+        """Elements of a channel."""
+        return self.planes * self.stride + self.margin
+
+    def shape(self, batch: int, channels: int) -> tuple[int, int, int]:
         """Of a tensor."""
-        return batch, channels, self.planes, self.size
+        return batch, channels, self.length
 
     def plane(self, row: int, col: int) -> int:
-        """Plane of pixel (row, col) of a tile, col in `columns`."""
-        return row * len(self.columns) + col - self.columns[0]
+        """Where the plane of pixel (row, col) of a tile begins, col in `columns`."""
+        return (row * len(self.columns) + col - self.columns[0]) * self.stride
 
-    def locate(self, row: int, col: int) -> tuple[int, int]:
-        """(plane, places from the tile's own) of the pixel (row, col) of a tile, each in [-halo, m + halo)."""
+    def locate(self, row: int, col: int) -> int:
+        """Where the pixel (row, col) of a tile is, each in [-halo, m + halo), counted from the tile's place."""
         down = row // self.m * self.cols
         if self.spread:
-            return self.plane(row % self.m, col), down
-        return self.plane(row % self.m, col % self.m), down + col // self.m
+            return self.plane(row % self.m, col) + down
+        return self.plane(row % self.m, col % self.m) + down + col // self.m
 
 
 @cache

@@ -30,7 +30,7 @@ def in_tiles(data: NDArray, layout: TileLayout, offset: tuple[int, int] = (0, 0)
                     y, x = at - offset[0], right * layout.m + col - offset[1]
                     if -layout.halo <= at < bottom and 0 <= y < data.shape[2] and 0 <= x < data.shape[3]:
                         place = layout.margin + down * layout.cols + right
-                        result[:, :, layout.plane(row, col), place] = data[:, :, y, x]
+                        result[:, :, layout.plane(row, col) + place] = data[:, :, y, x]
     return result
 
 

@@ -27,8 +27,8 @@ def tile_place(layout: TileLayout, down: int, right: int) -> int:
 
 
 def filled(layout: TileLayout) -> np.ndarray:
-    """Numbers of pixels (1 for the first) in (planes, size), by the definition in the module's own words."""
-    tiles = np.zeros((layout.planes, layout.size), np.int64)
+    """Numbers of pixels (1 for the first) in a channel, by the definition in the module's own words."""
+    tiles = np.zeros(layout.length, np.int64)
     for down in range(layout.grid[0]):
         for right in range(layout.grid[1]):
             for row in range(layout.m):
@@ -36,7 +36,7 @@ def filled(layout: TileLayout) -> np.ndarray:
                     y, x = down * layout.m + row, right * layout.m + col
                     if y < layout.height and 0 <= x < layout.width:
                         place = tile_place(layout, down, right)
-                        tiles[layout.plane(row, col), place] = 1 + y * layout.width + x
+                        tiles[layout.plane(row, col) + place] = 1 + y * layout.width + x
     return tiles
 
 
@@ -51,26 +51,26 @@ def test_every_tile_reads_its_pixels_and_zeros_around_the_image(layout: TileLayo
     ).reshape(layout.height, layout.width)
     for row in range(-layout.halo, layout.m + layout.halo):
         for col in range(-layout.halo, layout.m + layout.halo):
-            plane, shift = layout.locate(row, col)
+            shift = layout.locate(row, col)
             for down in range(layout.grid[0]):
                 for right in range(layout.grid[1]):
                     y, x = reach + down * layout.m + row, reach + right * layout.m + col
-                    assert tiles[plane, tile_place(layout, down, right) + shift] == image[y, x]
+                    assert tiles[tile_place(layout, down, right) + shift] == image[y, x]
 
 
 @MATH
 @given(layouts())
 def test_every_pixel_has_one_place_in_a_plane(layout: TileLayout) -> None:
-    tiles = filled(layout)
+    tiles = filled(layout)[: layout.planes * layout.stride].reshape(layout.planes, layout.stride)
     pixels = np.arange(1, 1 + layout.height * layout.width)
     for row in range(layout.m):
         for col in layout.columns:
-            found = tiles[layout.plane(row, col)]
+            found = tiles[layout.plane(row, col) // layout.stride]
             assert len(np.unique(found[found > 0])) == np.count_nonzero(found)
-    own = [layout.plane(row, col) for row in range(layout.m) for col in range(layout.m)]
+    own = [layout.plane(row, col) // layout.stride for row in range(layout.m) for col in range(layout.m)]
     np.testing.assert_array_equal(np.sort(tiles[own][tiles[own] > 0]), pixels)
     places = {layout.plane(row, col) for row in range(layout.m) for col in layout.columns}
-    assert places == set(range(layout.planes))
+    assert places == set(range(0, layout.planes * layout.stride, layout.stride))
 
 
 @MATH
@@ -79,13 +79,14 @@ def test_sizes(layout: TileLayout) -> None:
     down, right = layout.grid
     assert (down - 1) * layout.m < layout.height <= down * layout.m
     assert (right - 1) * layout.m < layout.width <= right * layout.m
-    assert layout.shape(3, 5) == (3, 5, layout.planes, layout.size)
+    assert layout.shape(3, 5) == (3, 5, layout.planes * layout.stride + layout.margin)
     assert layout.planes == layout.m * (layout.m + 2 * layout.halo if layout.spread else layout.m)
     assert layout.margin % layout.lanes == 0
     assert layout.end == layout.margin + layout.vectors * layout.lanes
-    # An odd number of vectors, none too many.
-    assert layout.size % (2 * layout.lanes) == layout.lanes
-    assert layout.end + layout.margin <= layout.size <= layout.end + layout.margin + layout.lanes
+    # Whole vectors, but not a multiple of 1 KiB, which would be 256 elements.
+    assert layout.stride % layout.lanes == 0
+    assert layout.stride % 256
+    assert layout.end <= layout.stride <= layout.end + layout.lanes
     # Vectors hold the last tile, and one fewer would not.
     tiles = tile_place(layout, down - 1, right - 1) + 1 - layout.margin
     assert (layout.vectors - 1) * layout.lanes < down * layout.cols <= layout.vectors * layout.lanes
@@ -94,15 +95,24 @@ def test_sizes(layout: TileLayout) -> None:
 
 @MATH
 @given(layouts())
-def test_vectors_never_read_beyond_a_plane(layout: TileLayout) -> None:
+def test_vectors_never_read_beyond_a_channel(layout: TileLayout) -> None:
     """Not even the lanes that are no tile's."""
-    shifts = [
-        layout.locate(row, col)[1]
+    reads = [
+        layout.locate(row, col)
         for row in range(-layout.halo, layout.m + layout.halo)
         for col in range(-layout.halo, layout.m + layout.halo)
     ]
-    assert min(shifts) >= -layout.margin
-    assert layout.end + max(shifts) <= layout.size
+    assert layout.margin + min(reads) >= 0
+    assert layout.end + max(reads) <= layout.length
+
+
+@MATH
+@given(layouts())
+def test_between_planes_there_are_zeros_enough_for_both(layout: TileLayout) -> None:
+    """What a vector reads before the first tile, or behind the last, is no other plane's tile."""
+    shifts = {layout.locate(row, 0) - layout.plane(row % layout.m, 0) for row in (-1, layout.m)}
+    assert shifts == {-layout.cols, layout.cols}
+    assert layout.cols + 1 <= layout.margin
 
 
 @MATH
