@@ -90,8 +90,8 @@ class StripPlan:
 
     @property
     def plane(self) -> int:
-        """Places of a plane: an odd number of vectors, for planes at powers of two apart would fight for the same few ways
-        of L1."""
+        """Places of a plane: an odd number of vectors, since at powers of two apart they would fight for the same few
+        ways of L1."""
         vectors = _ROWS * self.row_stride // self.lanes
         return (vectors + 1 - vectors % 2) * self.lanes
 
