@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import tvm
 from tvm import relay
 
@@ -24,6 +26,9 @@ from .straight_graphs import Rewriter, is_call, rewrite_straight
 # read and write that much). Measured on a core with 2 MiB of L2.
 _BEYOND_CACHES = ((64 << 20, 2.5), (8 << 20, 1.3), (0, 1.0))
 
+_NONZEROS = 230
+"""That multiply a tile in the time of the transform of a channel."""
+
 
 @tvm.transform.module_pass(opt_level=0, name="ChainConvolutions")
 class ChainConvolutions:
@@ -40,7 +45,7 @@ class ChainConvolutions:
 class _Rewriter(Rewriter):
     def call(self, call: relay.Call) -> relay.Expr | None:
         run = self._run(call.args[0]) if is_call(call, FROM_TILES) else []
-        chains = chained([winograd_plan_of(convolution.attrs) for convolution in run])
+        chains = chained([_Layer.of(convolution) for convolution in run])
         if not chains:
             return super().call(call)
         value = self.value(run[0].args[0].args[0])
@@ -67,33 +72,56 @@ def _is_conversion(node: relay.Expr) -> bool:
     return is_call(node, TO_TILES) and plain(node.attrs["offset"]) == (0, 0)
 
 
-def chained(layers: Sequence[WinogradPlan]) -> list[StripPlan]:
+@dataclass(frozen=True)
+class _Layer:
+    """A convolution, and what it takes with every tile.
+
+    The unit is what it takes to read or write a tile of a channel and to transform it, F(4x4, 3x3).
+    """
+
+    plan: WinogradPlan
+    products: float
+
+    @classmethod
+    def of(cls, convolution: relay.Call) -> _Layer:
+        nonzeros = int(np.count_nonzero(convolution.args[1].data.numpy()))
+        return cls(winograd_plan_of(convolution.attrs), nonzeros / _NONZEROS)
+
+    @property
+    def channels(self) -> int:
+        """Read and written."""
+        return self.plan.geometry.in_channels + self.plan.geometry.out_channels
+
+    @property
+    def transforms(self) -> float:
+        return self.channels * self.plan.positions / 36
+
+    @property
+    def alone(self) -> float:
+        """What it takes by itself, its images in memory."""
+        geometry = self.plan.geometry
+        size = 4 * geometry.batch * self.channels * geometry.in_height * geometry.in_width
+        return self.products + self.transforms * next(factor for least, factor in _BEYOND_CACHES if size >= least)
+
+
+def chained(layers: Sequence[_Layer]) -> list[StripPlan]:
     """These layers in chains; none where each by itself takes less.
 
-    A chain reads its first image and writes its last; that, and each transform, takes about as long for every channel.
+    A chain converts its first image and its last; without chains that is done apart, and takes twice as long.
     """
     # By layers, the least cost of the first so many, and their chains.
     best: list[tuple[float, list[StripPlan]] | None] = [(0.0, [])]
     for end in range(1, len(layers) + 1):
         options = []
         for begin in range(end):
-            before, plan = best[begin], strip_plan(tuple(layers[begin:end]))
+            before, plan = best[begin], strip_plan(tuple(layer.plan for layer in layers[begin:end]))
             if before is not None and plan is not None:
-                cost = plan.channels[0] + plan.channels[-1] + plan.waste * sum(map(_transforms, plan.layers))
+                work = sum(layer.transforms + layer.products for layer in layers[begin:end])
+                cost = plan.channels[0] + plan.channels[-1] + plan.waste * work
                 options.append((before[0] + cost, [*before[1], plan]))
         best.append(min(options, key=lambda option: option[0], default=None))
     if not layers or best[-1] is None:
         return []
-    conversions = layers[0].geometry.in_channels + layers[-1].geometry.out_channels
-    alone = 2 * conversions + sum(_transforms(layer) * _slowdown(layer) for layer in layers)
+    conversions = layers[0].plan.geometry.in_channels + layers[-1].plan.geometry.out_channels
+    alone = 2 * conversions + sum(layer.alone for layer in layers)
     return best[-1][1] if best[-1][0] < alone else []
-
-
-def _transforms(layer: WinogradPlan) -> int:
-    return layer.geometry.in_channels + layer.geometry.out_channels
-
-
-def _slowdown(layer: WinogradPlan) -> float:
-    geometry = layer.geometry
-    size = 4 * geometry.batch * _transforms(layer) * geometry.in_height * geometry.in_width
-    return next(factor for least, factor in _BEYOND_CACHES if size >= least)
