@@ -194,7 +194,8 @@ class _Kernel:
             return code.load(unit.kept[layer], plane + slots[i // plan.m] + (first + vector + j // plan.m))
 
         with code.loop(plan.channels[layer], "c") as c:
-            steps.transform_input(c, vectors, partial(load, c), unit.inputs)
+            fetch = partial(self._fetch_row, unit, c, row + 2, first) if layer == 0 else None
+            steps.transform_input(c, vectors, partial(load, c), unit.inputs, fetch)
         with code.loop(plan.layers[layer].positions, "xi") as xi:
             steps.multiply(xi, vectors, unit.inputs, unit.products)
         with code.loop(plan.channels[layer + 1], "k") as k:
@@ -273,6 +274,15 @@ class _Kernel:
                     self._read_pixels(unit, c, y, i, slot)
                 with self.ib.else_scope():
                     self._zero(unit.kept[0], [self._plane(c, i, j) + slot for j in range(plan.m)], 0, plan.width)
+
+    def _fetch_row(
+        self, unit: _Unit, c: tir.PrimExpr, row: tir.PrimExpr, first: tir.PrimExpr, vector: tir.PrimExpr
+    ) -> None:
+        """What the next step reads of the data: by then it would have to wait for memory."""
+        plan, x = self.plan, (unit.left + first + vector) * self.plan.m
+        for i in range(plan.m):
+            for piece in range(plan.m):
+                self.code.fetch(self.buffers.data, unit.image, c, row * plan.m + i, x + piece * plan.lanes)
 
     def _read_pixels(self, unit: _Unit, c: tir.PrimExpr, y: tir.PrimExpr, i: int, slot: tir.PrimExpr) -> None:
         plan, kept = self.plan, unit.kept[0]

@@ -21,6 +21,8 @@ from .winograd_plan import WinogradPlan
 
 Load = Callable[[tir.PrimExpr, int, int], tir.PrimExpr]
 """(first tile of a vector, row, column) -> pixels of its tiles; rows and columns are counted from a tile's first."""
+Fetch = Callable[[tir.PrimExpr], None]
+"""(first tile of a vector)."""
 Store = Callable[[tir.PrimExpr, int, int, tir.PrimExpr], None]
 """(first tile of a vector, row, column, pixels of its tiles)."""
 
@@ -55,12 +57,20 @@ class WinogradSteps:
         self.matrices = transform(plan.result.m, plan.geometry.kernel[0])
         self.reach = (plan.geometry.kernel[0] - 1) // 2
 
-    def transform_input(self, c: tir.PrimExpr, vectors: int, load: Load, inputs: tir.Buffer) -> None:
-        """``V = BT d B`` for one channel."""
+    def transform_input(
+        self, c: tir.PrimExpr, vectors: int, load: Load, inputs: tir.Buffer, fetch: Fetch | None = None
+    ) -> None:
+        """``V = BT d B`` for one channel.
+
+        Args:
+            fetch: emitted once for every vector; of what is read later, while there is time.
+        """
         code, n = self.code, self.matrices.n
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
             target = code.let(c * self.plan.tiles + vector)
+            if fetch is not None:
+                fetch(vector)
 
             def pixel(col: int, row: int) -> tir.PrimExpr:
                 return load(vector, row - self.reach, col - self.reach)
