@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import tvm
 from tvm import relay
 
+from ..schedules.buffers import chain_buffers, why_too_large
 from ..schedules.operators import (
     FROM_TILES,
     TO_TILES,
@@ -23,6 +24,8 @@ from .straight_graphs import Rewriter, is_call, rewrite_straight
 # (Bytes of input and output together; how many times longer the transforms of a convolution by itself take when they
 # read and write that much). Measured on a core with 2 MiB of L2.
 _BEYOND_CACHES = ((64 << 20, 2.5), (8 << 20, 1.3), (0, 1.0))
+
+_LEAST_UNITS = 2  # of a chain, for threads to share
 
 
 @tvm.transform.module_pass(opt_level=0, name="ChainConvolutions")
@@ -77,7 +80,7 @@ def chained(layers: Sequence[WinogradPlan]) -> list[StripPlan]:
     for end in range(1, len(layers) + 1):
         options = []
         for begin in range(end):
-            before, plan = best[begin], strip_plan(tuple(layers[begin:end]))
+            before, plan = best[begin], _plan(tuple(layers[begin:end]))
             if before is not None and plan is not None:
                 cost = plan.channels[0] + plan.channels[-1] + plan.waste * sum(map(_transforms, plan.layers))
                 options.append((before[0] + cost, [*before[1], plan]))
@@ -87,6 +90,14 @@ def chained(layers: Sequence[WinogradPlan]) -> list[StripPlan]:
     conversions = layers[0].geometry.in_channels + layers[-1].geometry.out_channels
     alone = 2 * conversions + sum(_transforms(layer) * _slowdown(layer) for layer in layers)
     return best[-1][1] if best[-1][0] < alone else []
+
+
+def _plan(layers: tuple[WinogradPlan, ...]) -> StripPlan | None:
+    """None where the layers cannot be chained, or all threads but one would have nothing to do."""
+    plan = strip_plan(layers)
+    if plan is None or plan.units < _LEAST_UNITS or why_too_large(chain_buffers(plan)) is not None:
+        return None
+    return plan
 
 
 def _transforms(layer: WinogradPlan) -> int:

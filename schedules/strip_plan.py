@@ -21,6 +21,10 @@ _ROWS = 3
 _UNITS = 8
 """So many strips, or parts of them, at least, for threads to share evenly."""
 
+_PART = 4
+"""Rows of tiles of a part, at least, for each layer: of all layers but the last it computes rows beyond it as well, one
+for each layer on average."""
+
 
 @dataclass(frozen=True)
 class StripPlan:
@@ -84,6 +88,11 @@ class StripPlan:
         return -(-self.grid[0] // self.parts)
 
     @property
+    def units(self) -> int:
+        """Parts of all strips of all images, each computed by one thread."""
+        return self.geometry.batch * self.strips * self.parts
+
+    @property
     def row_stride(self) -> int:
         """Places from a row that is kept to the next; zeros between them where tiles fill the whole width."""
         return self.width + (self.lanes if self.width == self.grid[1] else 0)
@@ -133,7 +142,7 @@ def strip_plan(layers: tuple[WinogradPlan, ...]) -> StripPlan | None:
     if best is None:
         return None
     units = best.geometry.batch * best.strips
-    parts = min(-(-_UNITS // units), max(1, best.grid[0] // 8))
+    parts = min(-(-_UNITS // units), max(1, best.grid[0] // (_PART * len(layers))))
     return StripPlan(layers, best.vectors, parts)
 
 

@@ -285,9 +285,7 @@ class _Kernel:
             for start, one in zip(starts, pixels, strict=False):
                 code.store(kept, one, start + x)
 
-        self._zero(kept, starts, 0, begin)
-        # Of the last tile of the image some pixels may be missing.
-        self._zero(kept, starts, tir.max(begin, end - 1), plan.width)
+        # What is not of the image, in the last tile as well, is zero from the beginning.
         self._each_tile(unit.left, begin, end, copy)
 
     def _each_tile(self, left: tir.PrimExpr, begin: tir.PrimExpr, end: tir.PrimExpr, copy: _Copy) -> None:

@@ -82,7 +82,8 @@ def test_gives_every_tile_once_out_of_a_bounded_working_set(layers: tuple[Winogr
     assert plan.halo == (0 if plan.width >= plan.grid[1] else len(layers))
     assert plan.width > 2 * plan.halo
     assert plan.waste >= 1
-    assert plan.parts == 1 or plan.rows >= 8
+    assert plan.parts == 1 or plan.rows >= 4 * len(layers)
+    assert plan.units == layers[0].geometry.batch * plan.strips * plan.parts
 
 
 @RANDOM
@@ -121,6 +122,9 @@ def test_threads_have_parts_to_share() -> None:
     small = strip_plan(layers_of([4] * 3, 40, 60, [3] * 2))
     assert small is not None
     assert (small.strips, small.parts) == (1, 1), "of ten rows of tiles two parts would compute much twice"
+    single = strip_plan(layers_of([4] * 2, 40, 60, [3]))
+    assert single is not None
+    assert (single.strips, single.parts) == (1, 2), "nothing twice, but the data is read"
     many = strip_plan(layers_of([4] * 3, 400, 60, [3] * 2, batch=8))
     assert many is not None
     assert many.parts == 1, "an image for each"
