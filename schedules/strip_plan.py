@@ -32,8 +32,8 @@ class StripPlan:
 
     Images between them are never there as a whole: a strip of the image is computed row of tiles by row of tiles, each
     convolution one row behind the one before, and of each image three rows are kept. A strip is wider than what it
-    gives by one tile on either side: what lies beyond is not known to it, and every convolution carries that some
-    pixels further in.
+    gives on either side: what lies beyond is not known to it, and every convolution carries that some pixels further
+    in.
 
     Attributes:
         layers: how each convolution multiplies; their layouts do not matter.
@@ -76,7 +76,23 @@ class StripPlan:
     @property
     def halo(self) -> int:
         """Tiles of a strip, on either side, that it does not give; none where it is as wide as the image."""
-        return 0 if self.width >= self.grid[1] else len(self.layers)
+        return 0 if self.width >= self.grid[1] else -(-self.spoiled // self.m)
+
+    @property
+    def spoiled(self) -> int:
+        """Columns of pixels at an edge of a strip that have met something from beyond it, even if only in sums where it
+        cancels out: an infinity would not.
+
+        What is first of a tile's inputs is met by its first pixel alone, by the points of Winograd's matrices, the
+        second by all of them.
+        """
+        columns = 0
+        for layer in self.layers:
+            reach = (layer.geometry.kernel[0] - 1) // 2
+            tile = -(-(columns + reach) // self.m) - 1  # the last that reads any
+            met = columns + reach - tile * self.m
+            columns = tile * self.m + (1 if met == 1 else self.m)
+        return columns
 
     @property
     def strips(self) -> int:
