@@ -76,7 +76,7 @@ class _Unit:
 
     Attributes:
         image: number of the image.
-        left: first tile of the strip; -1 for the first strip, if strips have a halo.
+        left: first tile of the strip; before the image for the first strip, if strips have a halo.
         top, bottom: rows of tiles that it gives, bottom not included.
         firsts: buffer of the first column of pixels of each tile of the strip.
         kept: three rows of the input of each layer.
