@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 from tvm import relay
 
+from ..schedules.buffers import chain_buffers, why_too_large
 from ..schedules.operators import (
     FROM_TILES,
     TO_TILES,
@@ -29,6 +30,8 @@ _BEYOND_CACHES = ((64 << 20, 2.5), (8 << 20, 1.3), (0, 1.0))
 _NONZEROS = 230
 """That multiply a tile in the time of the transform of a channel."""
 
+_LEAST_UNITS = 2  # of a chain, for threads to share
+
 
 @tvm.transform.module_pass(opt_level=0, name="ChainConvolutions")
 class ChainConvolutions:
@@ -45,7 +48,7 @@ class ChainConvolutions:
 class _Rewriter(Rewriter):
     def call(self, call: relay.Call) -> relay.Expr | None:
         run = self._run(call.args[0]) if is_call(call, FROM_TILES) else []
-        chains = chained([_Layer.of(convolution) for convolution in run])
+        chains = chained([Link.of(convolution) for convolution in run])
         if not chains:
             return super().call(call)
         value = self.value(run[0].args[0].args[0])
@@ -73,7 +76,7 @@ def _is_conversion(node: relay.Expr) -> bool:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Link:
     """A convolution, and what it takes with every tile.
 
     The unit is what it takes to read or write a tile of a channel and to transform it, F(4x4, 3x3).
@@ -83,7 +86,7 @@ class _Layer:
     products: float
 
     @classmethod
-    def of(cls, convolution: relay.Call) -> _Layer:
+    def of(cls, convolution: relay.Call) -> Link:
         nonzeros = int(np.count_nonzero(convolution.args[1].data.numpy()))
         return cls(winograd_plan_of(convolution.attrs), nonzeros / _NONZEROS)
 
@@ -104,7 +107,7 @@ class _Layer:
         return self.products + self.transforms * next(factor for least, factor in _BEYOND_CACHES if size >= least)
 
 
-def chained(layers: Sequence[_Layer]) -> list[StripPlan]:
+def chained(layers: Sequence[Link]) -> list[StripPlan]:
     """These layers in chains; none where each by itself takes less.
 
     A chain converts its first image and its last; without chains that is done apart, and takes twice as long.
@@ -114,7 +117,7 @@ def chained(layers: Sequence[_Layer]) -> list[StripPlan]:
     for end in range(1, len(layers) + 1):
         options = []
         for begin in range(end):
-            before, plan = best[begin], strip_plan(tuple(layer.plan for layer in layers[begin:end]))
+            before, plan = best[begin], _plan(tuple(layer.plan for layer in layers[begin:end]))
             if before is not None and plan is not None:
                 work = sum(layer.transforms + layer.products for layer in layers[begin:end])
                 cost = plan.channels[0] + plan.channels[-1] + plan.waste * work
@@ -125,3 +128,11 @@ def chained(layers: Sequence[_Layer]) -> list[StripPlan]:
     conversions = layers[0].plan.geometry.in_channels + layers[-1].plan.geometry.out_channels
     alone = 2 * conversions + sum(layer.alone for layer in layers)
     return best[-1][1] if best[-1][0] < alone else []
+
+
+def _plan(layers: tuple[WinogradPlan, ...]) -> StripPlan | None:
+    """None where the layers cannot be chained, or all threads but one would have nothing to do."""
+    plan = strip_plan(layers)
+    if plan is None or plan.units < _LEAST_UNITS or why_too_large(chain_buffers(plan)) is not None:
+        return None
+    return plan

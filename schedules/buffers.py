@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from .direct_plan import DirectPlan
 from .geometry import ConvGeometry
 from .sparse_dense import DensePlan, image_block
+from .strip_plan import StripPlan
 from .winograd_plan import WinogradPlan
 
 _MOST = 2**31 - 1
@@ -53,11 +54,26 @@ def direct_buffers(plan: DirectPlan) -> dict[str, int]:
 def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:
     """Elements of what sparse Winograd convolution keeps, between and in its weights; bundles filled up."""
     geometry = plan.geometry
-    rows = plan.positions * plan.bundles * plan.blocking.together
     return {
-        "weights in bundles": rows * (geometry.in_channels // geometry.groups),
+        "weights in bundles": _in_bundles(plan),
         "input in tiles": math.prod(plan.source.shape(geometry.batch, geometry.in_channels)),
         "result in tiles": math.prod(plan.result.shape(geometry.batch, geometry.out_channels)),
         "transformed input": plan.positions * plan.input_stride,
         "products": plan.positions * plan.product_stride,
     }
+
+
+def chain_buffers(plan: StripPlan) -> dict[str, int]:
+    """Elements of what a chain of Winograd convolutions keeps, between and in its weights, which are those of all its
+    layers; what it reads and writes is that of the first and the last by themselves."""
+    return {
+        "weights in bundles": sum(map(_in_bundles, plan.layers)),
+        "rows of tiles": max(map(plan.kept, range(len(plan.layers)))),
+        "transformed input": plan.inputs,
+        "products": plan.products,
+    }
+
+
+def _in_bundles(plan: WinogradPlan) -> int:
+    rows = plan.positions * plan.bundles * plan.blocking.together
+    return rows * (plan.geometry.in_channels // plan.geometry.groups)

@@ -21,6 +21,10 @@ _ROWS = 3
 _UNITS = 8
 """So many strips, or parts of them, at least, for threads to share evenly."""
 
+_PART = 4
+"""Rows of tiles of a part, at least, for each layer: of all layers but the last it computes rows beyond it as well, one
+for each layer on average."""
+
 
 @dataclass(frozen=True)
 class StripPlan:
@@ -28,8 +32,8 @@ class StripPlan:
 
     Images between them are never there as a whole: a strip of the image is computed row of tiles by row of tiles, each
     convolution one row behind the one before, and of each image three rows are kept. A strip is wider than what it
-    gives by one tile on either side: what lies beyond is not known to it, and every convolution carries that some
-    pixels further in.
+    gives on either side: what lies beyond is not known to it, and every convolution carries that some pixels further
+    in.
 
     Attributes:
         layers: how each convolution multiplies; their layouts do not matter.
@@ -72,7 +76,23 @@ class StripPlan:
     @property
     def halo(self) -> int:
         """Tiles of a strip, on either side, that it does not give; none where it is as wide as the image."""
-        return 0 if self.width >= self.grid[1] else len(self.layers)
+        return 0 if self.width >= self.grid[1] else -(-self.spoiled // self.m)
+
+    @property
+    def spoiled(self) -> int:
+        """Columns of pixels at an edge of a strip that have met something from beyond it, even if only in sums where it
+        cancels out: an infinity would not.
+
+        What is first of a tile's inputs is met by its first pixel alone, by the points of Winograd's matrices, the
+        second by all of them.
+        """
+        columns = 0
+        for layer in self.layers:
+            reach = (layer.geometry.kernel[0] - 1) // 2
+            tile = -(-(columns + reach) // self.m) - 1  # the last that reads any
+            met = columns + reach - tile * self.m
+            columns = tile * self.m + (1 if met == 1 else self.m)
+        return columns
 
     @property
     def strips(self) -> int:
@@ -82,6 +102,11 @@ class StripPlan:
     def rows(self) -> int:
         """Rows of tiles that a part gives."""
         return -(-self.grid[0] // self.parts)
+
+    @property
+    def units(self) -> int:
+        """Parts of all strips of all images, each computed by one thread."""
+        return self.geometry.batch * self.strips * self.parts
 
     @property
     def row_stride(self) -> int:
@@ -134,7 +159,7 @@ def strip_plan(layers: tuple[WinogradPlan, ...]) -> StripPlan | None:
     if best is None:
         return None
     units = best.geometry.batch * best.strips
-    parts = min(-(-_UNITS // units), max(1, best.grid[0] // 8))
+    parts = min(-(-_UNITS // units), max(1, best.grid[0] // (_PART * len(layers))))
     return StripPlan(layers, best.vectors, parts)
 
 

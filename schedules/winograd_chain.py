@@ -76,7 +76,7 @@ class _Unit:
 
     Attributes:
         image: number of the image.
-        left: first tile of the strip; -1 for the first strip, if strips have a halo.
+        left: first tile of the strip; before the image for the first strip, if strips have a halo.
         top, bottom: rows of tiles that it gives, bottom not included.
         firsts: buffer of the first column of pixels of each tile of the strip.
         kept: three rows of the input of each layer.
@@ -295,9 +295,7 @@ class _Kernel:
             for start, one in zip(starts, pixels, strict=False):
                 code.store(kept, one, start + x)
 
-        self._zero(kept, starts, 0, begin)
-        # Of the last tile of the image some pixels may be missing.
-        self._zero(kept, starts, tir.max(begin, end - 1), plan.width)
+        # What is not of the image, in the last tile as well, is zero from the beginning.
         self._each_tile(unit.left, begin, end, copy)
 
     def _each_tile(self, left: tir.PrimExpr, begin: tir.PrimExpr, end: tir.PrimExpr, copy: _Copy) -> None:

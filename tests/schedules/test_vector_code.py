@@ -182,3 +182,33 @@ def test_compiled(lanes: int) -> None:
     function(tvm.nd.array(data), result)
     want = np.array(matrix, np.float64) @ data.astype(np.float64)
     np.testing.assert_allclose(result.numpy(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_columns_split_and_joined(lanes: int, count: int) -> None:
+    """Of the second row of a matrix, from an odd place on, in a loop."""
+    rounds, start = 2, 3
+    length = rounds * lanes * count
+
+    def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
+        code, row = VectorCode(tvm.tir.ir_builder.create(), lanes), tir.const(1, "int32")
+        with code.loop(rounds, "i") as i:
+            columns = code.split_columns(ins[0], count, row, i * (lanes * count) + start)
+            assert len(columns) == count
+            for j, column in enumerate(columns):
+                code.store(outs[0], column, tir.const(j, "int32"), i * lanes)
+            code.join_columns([column + column for column in columns], outs[1], row, i * (lanes * count) + start)
+        return code.ib.get()
+
+    source = te.placeholder((2, length + start), name="source")
+    shapes = [(count, rounds * lanes), (2, length + start)]
+    targets = te.extern(shapes, [source], emit, dtype=["float32", "float32"])
+    function = tvm.build(te.create_schedule(targets[0].op), [source, *targets], "llvm")
+    data = np.random.default_rng(0).standard_normal((2, length + start)).astype(np.float32)
+    split, joined = (tvm.nd.array(np.zeros(shape, np.float32)) for shape in shapes)
+    function(tvm.nd.array(data), split, joined)
+    np.testing.assert_array_equal(split.numpy(), data[1, start:].reshape(-1, count).T)
+    want = np.zeros_like(data)
+    want[1, start:] = 2 * data[1, start:]
+    np.testing.assert_array_equal(joined.numpy(), want)
