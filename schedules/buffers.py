@@ -42,7 +42,7 @@ def dense_buffers(plan: DensePlan, lanes: int) -> dict[str, int]:
     return {
         "input": -(-plan.batch // images) * images * plan.inputs,
         "output": plan.batch * plan.outputs,
-        "weights": plan.outputs * -(-plan.inputs // plan.group) * plan.group,
+        "weights": plan.segments * plan.outputs * -(-plan.segment // plan.group) * plan.group,
     }
 
 

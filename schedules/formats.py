@@ -107,16 +107,23 @@ def pack_winograd(winograd_weight: NDArray[np.floating], plan: WinogradPlan) -> 
     )
 
 
-def pack_dense(weight: NDArray[np.floating], group: int = 1) -> SparseRows:
-    """Rows are output units; an index is an input, in the fewest bytes.
+def pack_dense(weight: NDArray[np.floating], group: int = 1, segment: int | None = None) -> SparseRows:
+    """Rows are (segment of inputs, output unit), the segment first; an index is an input of the segment, in the fewest
+    bytes.
 
     Args:
         weight: (outputs, inputs).
         group: see SparseRows.
+        segment: inputs of a segment; all of them when None.
     """
+    outputs, inputs = weight.shape
+    segment = inputs if segment is None else segment
     output, source = np.nonzero(weight)
-    rows = _rows(weight[output, source], source, np.bincount(output, minlength=weight.shape[0]), group)
-    narrow = np.min_scalar_type(weight.shape[1] - 1)
+    number, within = np.divmod(source, segment)
+    order = np.argsort(number, kind="stable")
+    counts = np.bincount(number * outputs + output, minlength=-(-inputs // segment) * outputs)
+    rows = _rows(weight[output, source][order], within[order], counts, group)
+    narrow = np.min_scalar_type(segment - 1)
     return replace(rows, indices=rows.indices.astype(narrow if narrow.itemsize < 4 else np.int32))
 
 

@@ -28,7 +28,7 @@ from .max_pool import PoolGeometry
 from .max_pool import max_pool2d as max_pool2d_compute
 from .registration import OtherShape, call, plain, register, unpack
 from .registration import call as call_of
-from .sparse_dense import DensePlan, nonzero_group, sparse_dense
+from .sparse_dense import DensePlan, nonzero_group, segment_length, sparse_dense
 from .sparse_direct import sparse_direct
 from .sparse_winograd import sparse_winograd
 from .strip_plan import StripPlan
@@ -153,7 +153,7 @@ def dense_sparse(
     outputs, inputs = weight.shape
     plan = _dense_plan(batch, inputs, outputs, target)
     _refuse(why_too_large(dense_buffers(plan, cpu_facts(target).lanes)))
-    return call(DENSE_SPARSE, [data, *_constants(pack_dense(weight, plan.group))], **asdict(plan))
+    return call(DENSE_SPARSE, [data, *_constants(pack_dense(weight, plan.group, plan.segment))], **asdict(plan))
 
 
 def into_tiles(
@@ -235,7 +235,9 @@ _DIRECT_PLAN = ("lanes", "rows", "cols", "channels", "panels", "shifted", "packe
 
 
 def _dense_plan(batch: int, inputs: int, outputs: int, target: tvm.target.Target | str | None) -> DensePlan:
-    return DensePlan(batch, inputs, outputs, nonzero_group(batch, cpu_facts(target).lanes))
+    cpu = cpu_facts(target)
+    segment = segment_length(batch, inputs, cpu.l1)
+    return DensePlan(batch, inputs, outputs, nonzero_group(batch, cpu.lanes), segment)
 
 
 def _compute_dense(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:

@@ -2,9 +2,10 @@
 
 ``out[n, k] = sum over e of values[e] * data[n, indices[e]]``, e over the non-zeros of row k. A single image is bound by
 the weights, which come from memory once and are used once: a value and the narrowest index that reaches every input.
-So what counts is to keep up with memory: non-zeros come in groups whose sums do not depend on each other, and the
-operands of a group are gathered where the CPU does that well, else loaded one by one. With more images the vectors run
-over images instead, from a transposed copy of the data.
+So what counts is to keep up with memory: non-zeros come in groups whose sums do not depend on each other, the operands
+of a group are gathered where the CPU does that well, else loaded one by one, and all rows go over a segment of the
+inputs that stays in L1 before they go over the next. With more images the vectors run over images instead, from a
+transposed copy of the data.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _BYTES_AHEAD = 2048
 """How far ahead weights are fetched: enough to be in time from memory, and past the ends of pages, where hardware
 stops."""
 
+_CHUNKS = 16
+"""Into how many parts outputs are split to run in parallel."""
+
 _MOST_VECTORS = 8
 """Of images at a time."""
 
@@ -41,12 +45,18 @@ class DensePlan:
     Attributes:
         batch, inputs, outputs: (batch, inputs) to (batch, outputs).
         group: of the SparseRows.
+        segment: inputs of a segment.
     """
 
     batch: int
     inputs: int
     outputs: int
     group: int
+    segment: int
+
+    @property
+    def segments(self) -> int:
+        return -(-self.inputs // self.segment)
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,12 @@ def image_block(batch: int, lanes: int) -> ImageBlock:
 def nonzero_group(batch: int, lanes: int) -> int:
     """Non-zeros to a group, so that there are about GROUP sums, over groups and vectors of images."""
     return max(1, GROUP // image_block(batch, lanes).vectors)
+
+
+def segment_length(batch: int, inputs: int, l1: int) -> int:
+    """Inputs of a segment: half of L1, all segments alike; of several images each input is read once anyway."""
+    segments = -(-4 * inputs // (l1 // 2)) if batch == 1 else 1
+    return -(-inputs // segments)
 
 
 def sparse_dense(
@@ -141,21 +157,29 @@ def _one_image(
     """The lanes are the non-zeros of a group."""
     ib = tvm.tir.ir_builder.create()
     code = VectorCode(ib, lanes, prefetch=prefetch)
-    with ib.for_range(0, plan.outputs, name="k", kind="parallel") as k:
+    chunk = -(-plan.outputs // _CHUNKS)
+    with (
+        code.loop(-(-plan.outputs // chunk), "chunk", "parallel") as part,
+        code.loop(plan.segments, "segment") as segment,
+        code.loop(tir.min(chunk, plan.outputs - part * chunk), "k") as of_chunk,
+    ):
+        k, first = part * chunk + of_chunk, segment * plan.segment
         sums = code.array(-(-plan.group // lanes), "sums")
         for vector in sums:
             code.set(vector, code.splat(0.0))
-        start = code.let(tir.BufferLoad(indptr, [k]))
-        with ib.for_range(0, tir.BufferLoad(indptr, [k + 1]) - start, name="e") as e:
+        row = code.let(segment * plan.outputs + k)
+        start = code.let(tir.BufferLoad(indptr, [row]))
+        with ib.for_range(0, tir.BufferLoad(indptr, [row + 1]) - start, name="e") as e:
             for buffer in (values, indices):
                 code.fetch(buffer, (start + e) * plan.group + _elements_ahead(buffer))
             for v, vector in enumerate(sums):
                 at = (start + e) * plan.group + v * lanes
                 place = code.load(indices, at).astype("int32" if lanes == 1 else f"int32x{lanes}")
-                operand = _gathered(data, place) if gather else tir.BufferLoad(data, [0, place])
+                operand = _gathered(data, first, place) if gather else tir.BufferLoad(data, [0, first + place])
                 code.set(vector, vector + code.load(values, at) * operand)
         total = _sum([element for vector in sums for element in _elements(vector, lanes)])
-        ib.emit(tir.BufferStore(out, total, [0, k]))
+        before = tir.if_then_else(segment == 0, tir.const(0, "float32"), tir.BufferLoad(out, [0, k]))
+        ib.emit(tir.BufferStore(out, before + total, [0, k]))
     return ib.get()
 
 
@@ -204,7 +228,7 @@ def _elements_ahead(buffer: tir.Buffer) -> int:
     return _BYTES_AHEAD // (tvm.DataType(buffer.dtype).bits // 8)
 
 
-def _gathered(data: tir.Buffer, place: tir.PrimExpr) -> tir.PrimExpr:
+def _gathered(data: tir.Buffer, first: tir.PrimExpr, place: tir.PrimExpr) -> tir.PrimExpr:
     """Eight elements of the only image. TVM itself makes single loads of such an access, and LLVM leaves it at that."""
     every_lane = tir.reinterpret("float32x8", tir.Broadcast(tir.const(-1, "int32"), GROUP))
     return tir.call_llvm_pure_intrin(
@@ -212,7 +236,7 @@ def _gathered(data: tir.Buffer, place: tir.PrimExpr) -> tir.PrimExpr:
         "llvm.x86.avx2.gather.d.ps.256",
         tir.const(5, "uint32"),
         tir.Broadcast(tir.const(0.0, "float32"), GROUP),
-        tir.address_of(tir.BufferLoad(data, [0, 0])),
+        tir.address_of(tir.BufferLoad(data, [0, first])),
         place,
         every_lane,
         tir.const(4, "int8"),

@@ -58,9 +58,9 @@ class TileLayout:
 
     @property
     def margin(self) -> int:
-        """Places of zeros before the first tile of every plane, and behind the last plane. Those behind a plane are the
-        next one's."""
-        return round_up(self.cols + 1, self.lanes)
+        """Places before the first tile of every plane, and behind the last plane. Those behind a plane are the next
+        one's: zeros for both; but where it is spread, pixels beside the image may be kept there (see to_tiles)."""
+        return round_up((2 if self.spread else 1) * (self.cols + 1), self.lanes)
 
     @property
     def vectors(self) -> int:

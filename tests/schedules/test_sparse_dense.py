@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tvm import relay
 from tvm.contrib import graph_executor
 
 from jointsparse.schedules.formats import pack_dense
 from jointsparse.schedules.operators import dense_sparse, why_not_dense_sparse
-from jointsparse.schedules.sparse_dense import image_block, nonzero_group
-from jointsparse.schedules.targets import gathers_fast
+from jointsparse.schedules.sparse_dense import image_block, nonzero_group, segment_length
+from jointsparse.schedules.targets import cpu_facts, gathers_fast
 
 # Target, and the features that its code for this layer may use.
 TARGETS = {
@@ -94,6 +96,40 @@ def test_a_group_is_filled_with_zeros_for_inputs_of_its_own_row():
     assert rows.indptr.tolist() == [0, 1, 1, 2]
     assert rows.values[:8].tolist() == [1, 2, 3, 0, 5, 0, 0, 0]
     assert rows.indices[:8].tolist() == [2, 7, 9, 9, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("segment", [1, 4, 5, 12, 13])
+@pytest.mark.parametrize("group", [1, 4])
+def test_segments_hold_their_own_inputs(segment, group):
+    weight = sparse_matrix(6, 13, 0.6)
+    weight[2] = weight[:, 4] = 0
+    rows = pack_dense(weight, group, segment)
+    dense = np.zeros_like(weight)
+    assert len(rows.indptr) == 1 + 6 * -(-13 // segment)
+    for row, (start, end) in enumerate(zip(group * rows.indptr, group * rows.indptr[1:], strict=False)):
+        first, k = row // 6 * segment, row % 6
+        assert (rows.indices[start:end] < min(segment, 13 - first)).all()
+        np.add.at(dense[k], first + rows.indices[start:end].astype(int), rows.values[start:end])
+    np.testing.assert_array_equal(dense, weight)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("outputs", [1, 5, 35])
+def test_inputs_beyond_a_segment(sparsity, outputs, target):
+    weight = sparse_matrix(outputs, 14_001, sparsity)
+    assert segment_length(1, 14_001, cpu_facts(target).l1) < 14_001
+    weight[0, :7000] = 0
+    check(weight, 1, target)
+
+
+@given(st.integers(1, 100_000), st.sampled_from([16, 32, 48, 64]))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_segments_fit_half_of_l1(inputs, kib):
+    segment = segment_length(1, inputs, 1024 * kib)
+    assert 4 * segment <= 512 * kib
+    segments = -(-inputs // segment)
+    assert segments * segment - inputs < segments
+    assert segment_length(2, inputs, 1024 * kib) == inputs
 
 
 @pytest.mark.parametrize("batch", [1, 3])

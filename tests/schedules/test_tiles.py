@@ -108,11 +108,12 @@ def test_vectors_never_read_beyond_a_channel(layout: TileLayout) -> None:
 
 @MATH
 @given(layouts())
-def test_between_planes_there_are_zeros_enough_for_both(layout: TileLayout) -> None:
-    """What a vector reads before the first tile, or behind the last, is no other plane's tile."""
-    shifts = {layout.locate(row, 0) - layout.plane(row % layout.m, 0) for row in (-1, layout.m)}
-    assert shifts == {-layout.cols, layout.cols}
-    assert layout.cols + 1 <= layout.margin
+def test_between_planes_there_is_room_for_what_both_have_there(layout: TileLayout) -> None:
+    """Zeros before the first row of tiles and behind the last; where it is spread, perhaps pixels."""
+    before = layout.margin + layout.locate(-1, layout.columns[0]) - layout.locate(layout.m - 1, layout.columns[0])
+    assert before == layout.margin - layout.cols >= 1
+    behind = layout.margin + (layout.grid[0] + 1) * layout.cols
+    assert not layout.spread or behind <= layout.stride + before
 
 
 @MATH
