@@ -17,7 +17,7 @@ import tvm
 
 from ..schedules.direct_plan import direct_plan
 from ..schedules.geometry import ConvGeometry
-from ..schedules.sparse_dense import image_block
+from ..schedules.sparse_dense import image_block, segment_length
 from ..schedules.targets import CpuFacts, cpu_facts
 from ..schedules.winograd_plan import winograd_plan
 from .plan import DENSE, DIRECT, TILE
@@ -296,12 +296,13 @@ def _fully_connected_counts(geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts
     block = image_block(geometry.batch, cpu.lanes)
     blocks = -(-geometry.batch // block.images)
     several = geometry.batch > 1
+    segment = segment_length(geometry.batch, geometry.in_channels, cpu.l1)
     return {
         "vectors": nonzeros * blocks * block.vectors if several else 0,
         "touched": 0,
         "entries": nonzeros * blocks,
         "far_entries": max(0, nonzeros - cpu.l2 // _NARROW_ENTRY_BYTES),
-        "rows": geometry.out_channels * blocks,
+        "rows": geometry.out_channels * blocks * -(-geometry.in_channels // segment),
         "packed": geometry.in_channels * blocks * block.images if several else 0,
         "inputs": geometry.batch * geometry.in_channels,
         "outputs": geometry.batch * geometry.out_channels,

@@ -1,4 +1,4 @@
-"""What both sparse convolutions read and write, as TIR buffers."""
+"""What sparse convolutions read and write, as TIR buffers."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@
 a bias, in its form ``..._add`` a residual as well, which it adds before it activates; NCHW, float32.
 ``jointsparse.conv2d_sparse_winograd`` does the same with images in tile layout, into and out of which
 ``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them; its four constants are BundledRows.
+``jointsparse.winograd_chain`` is several of these, one after the other, of images NCHW.
 ``jointsparse.dense_sparse`` is otherwise like ``nn.dense``: what may follow it is fused into it.
 Attributes hold the whole geometry, so the type of the result follows from them.
 """
@@ -27,7 +28,6 @@ from .geometry import ConvGeometry
 from .max_pool import PoolGeometry
 from .max_pool import max_pool2d as max_pool2d_compute
 from .registration import OtherShape, call, plain, register, unpack
-from .registration import call as call_of
 from .sparse_dense import DensePlan, nonzero_group, segment_length, sparse_dense
 from .sparse_direct import sparse_direct
 from .sparse_winograd import sparse_winograd
@@ -57,6 +57,7 @@ __all__ = [
     "why_not_dense_sparse",
     "why_not_direct",
     "why_not_winograd",
+    "winograd_chain",
 ]
 
 DIRECT = "jointsparse.conv2d_sparse_direct"
@@ -301,14 +302,14 @@ def winograd_chain(
 
     Args:
         data: NCHW, in the place of the first call's data.
-        calls: whose arguments behind the data are constants.
+        calls: of layers that strip_plan takes; their arguments behind the data are constants.
         plan: of these calls.
         residual: NCHW, in the place of the last call's.
     """
-    weights = [[argument.data.numpy() for argument in call.args[1:6]] for call in calls]
+    weights = [[argument.data.numpy() for argument in one.args[1:6]] for one in calls]
     arguments = [np.concatenate(arrays) for arrays in zip(*weights, strict=True)]
     lengths = [len(values) for values, *_ in weights]
-    activations = [unpack(Activation, call.attrs) for call in calls]
+    activations = [unpack(Activation, one.attrs) for one in calls]
     attributes = {
         **asdict(replace(plan.geometry, groups=1)),  # whose filters say by themselves what they read
         "tile": plan.m,
@@ -325,7 +326,7 @@ def winograd_chain(
         "highs": [activation.high for activation in activations],
     }
     everything = [data, *map(relay.const, arguments), *([] if residual is None else [residual])]
-    return call_of(WINOGRAD_CHAIN if residual is None else WINOGRAD_CHAIN_ADD, everything, **attributes)
+    return call(WINOGRAD_CHAIN if residual is None else WINOGRAD_CHAIN_ADD, everything, **attributes)
 
 
 def strip_plan_of(attrs: tvm.ir.Attrs) -> StripPlan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from .geometry import ConvGeometry
@@ -15,7 +15,7 @@ _WORKING_SET = 7 << 18
 """Bytes that a strip may work on at a time: 1.75 MiB, for the L2 of a server's core. Where it is smaller they lie in
 the cache behind, which is better still than whole images in memory."""
 
-_ROWS = 3
+ROWS = 3
 """Rows of tiles of an image that are kept: those that the next convolution reads for one of its own."""
 
 _UNITS = 8
@@ -36,7 +36,7 @@ class StripPlan:
     in.
 
     Attributes:
-        layers: how each convolution multiplies; their layouts do not matter.
+        layers: how each convolution multiplies; of their layouts only tiles and lanes matter.
         vectors: of tiles across a strip.
         parts: into which strips are cut, from top to bottom.
     """
@@ -117,11 +117,11 @@ class StripPlan:
     def plane(self) -> int:
         """Places of a plane: an odd number of vectors, since at powers of two apart they would fight for the same few
         ways of L1."""
-        vectors = _ROWS * self.row_stride // self.lanes
+        vectors = ROWS * self.row_stride // self.lanes
         return (vectors + 1 - vectors % 2) * self.lanes
 
     def kept(self, image: int) -> int:
-        """Elements kept of an image, with a vector before the first."""
+        """Elements kept of an image, with a vector before the first and one behind the last, for reads beside them."""
         return self.lanes + self.channels[image] * self.m**2 * self.plane + self.lanes
 
     @property
@@ -140,8 +140,9 @@ class StripPlan:
 
     @property
     def waste(self) -> float:
-        """Lanes computed for each that is needed."""
-        return self.strips * self.width / self.grid[1]
+        """Tiles computed for each that is needed: strips overlap, and the rows of parts, one for each layer but one."""
+        rows = self.grid[0] + (self.parts - 1) * (len(self.layers) - 1)
+        return self.strips * self.width / self.grid[1] * rows / self.grid[0]
 
 
 @cache
@@ -158,9 +159,16 @@ def strip_plan(layers: tuple[WinogradPlan, ...]) -> StripPlan | None:
             best = plan
     if best is None:
         return None
-    units = best.geometry.batch * best.strips
-    parts = min(-(-_UNITS // units), max(1, best.grid[0] // (_PART * len(layers))))
-    return StripPlan(layers, best.vectors, parts)
+    return replace(best, parts=_parts(best.geometry.batch * best.strips, best.grid[0], len(layers)))
+
+
+def _parts(strips: int, rows: int, layers: int) -> int:
+    """Into which strips of so many rows of tiles are cut: enough for threads, and an even number of all, but no part
+    without rows."""
+    most = max(1, rows // (_PART * layers))
+    enough = [parts for parts in range(1, most + 1) if strips * parts >= _UNITS and strips * parts % 2 == 0]
+    parts = min(enough, default=most)
+    return -(-rows // -(-rows // parts))
 
 
 def _can_follow(layers: Sequence[WinogradPlan]) -> bool:

@@ -33,7 +33,7 @@ class VectorCode:
         return self.ib.let(f"i{self._scalars}", value)
 
     @contextmanager
-    def loop(self, extent: int, name: str, kind: str = "serial") -> Iterator[tir.PrimExpr]:
+    def loop(self, extent: int | tir.PrimExpr, name: str, kind: str = "serial") -> Iterator[tir.PrimExpr]:
         """A loop; vectors kept inside are gone behind it."""
         outer, self._slots = self._slots, []
         with self.ib.for_range(0, extent, name=name, kind=kind) as i:
@@ -95,7 +95,7 @@ class VectorCode:
             self.store(buffer, value, *outer, last + piece * self.lanes)
 
     def fetch(self, buffer: tir.Buffer, *index: tir.PrimExpr) -> None:
-        """Have an element near by when it is read. Beyond the end of a buffer this is harmless."""
+        """Have an element near by when it is read. Outside of a buffer this is harmless."""
         if not self.prefetch:
             return
         to_read, every_level, data = (tir.const(number, "int32") for number in (0, 3, 1))

@@ -16,7 +16,7 @@ from tvm import te, tir
 
 from .convolution_buffers import ConvolutionBuffers, convolution
 from .epilogues import Activation
-from .strip_plan import StripPlan
+from .strip_plan import ROWS, StripPlan
 from .vector_code import VectorCode
 from .winograd_steps import Weights, WinogradSteps
 
@@ -130,9 +130,9 @@ class _Kernel:
             biases += layer.geometry.out_channels
 
     def emit(self) -> tir.Stmt:
-        plan, units = self.plan, self.plan.strips * self.plan.parts
-        with self.code.loop(plan.geometry.batch * units, "unit", "parallel") as i:
-            image, strip, part = i // units, tir.floormod(i, units) // plan.parts, tir.floormod(i, plan.parts)
+        plan, of_image = self.plan, self.plan.strips * self.plan.parts
+        with self.code.loop(plan.units, "unit", "parallel") as i:
+            image, strip, part = i // of_image, tir.floormod(i, of_image) // plan.parts, tir.floormod(i, plan.parts)
             self._unit(image, strip, part)
         return self.ib.get()
 
@@ -212,8 +212,8 @@ class _Kernel:
 
     def _slot(self, row: tir.PrimExpr) -> tir.PrimExpr:
         """Where, in a plane, a row of tiles is."""
-        above = 3 * len(self.plan.layers) + 3  # no row is as far above the image
-        return tir.floormod(row + above, 3) * self.plan.row_stride
+        above = ROWS * (len(self.plan.layers) + 1)  # no row is as far above the image
+        return tir.floormod(row + above, ROWS) * self.plan.row_stride
 
     def _keep(
         self,

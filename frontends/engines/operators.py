@@ -213,6 +213,8 @@ def _is_fully_connected(name: str) -> bool:
 def _kernel(name: str) -> str:
     if "dense_sparse" in name:
         return DIRECT
+    if _CHAIN in name:
+        return "winograd"
     kinds = (kind for kind in (DIRECT, "winograd") if f"sparse_{kind}" in name)
     return next(kinds, DENSE)
 
