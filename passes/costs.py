@@ -66,88 +66,97 @@ Coefficients = Mapping[str, Mapping[str, float]]
 
 # Printed by benchmarks/calibrate_costs.py; see there for the layers measured.
 FAMILIES: Mapping[str, Coefficients] = {
-    # Chosen by it against the best: 1.019 times its time on average, 1.73 at worst, within 5 % in 91 % of 140 cases.
+    # Chosen by it against the best: 1.013 times its time on average, 1.39 at worst, within 5 % in 93% of 184 cases.
     "avx512": {
-        "dense": {"vectors": 0.202, "outputs": 1.22, "weights": 0.116},  # mean error 11 %
-        "dense_1x1": {"vectors": 0.211, "inputs": 0.149, "outputs": 0.715},  # mean error 6 %
-        "dense_grouped": {"vectors": 0.166, "outputs": 1.18, "weights": 0.668},  # mean error 12 %
-        # The kinds ending in _fc: of 11 fully-connected layers (300 to 9216 inputs, batch 1, 4 and 16) on a Sapphire
-        # Rapids that had other work to do, 1.033 times the best on average, within 5 % in 93 % of 44 cases.
-        "dense_fc": {"vectors": 0.237, "ragged": 0.173, "far_weights": 0.167},  # mean error 36 %
-        "direct_fc": {
-            "vectors": 0.288,
-            "entries": 0.173,
-            "far_entries": 0.177,
-            "rows": 1.33,
-            "packed": 0.737,
-            "fixed": 1520.0,
-        },  # mean error 16 %
-        "depthwise": {"vectors": 1.01, "inputs": 0.635},  # mean error 32 %
-        "direct": {"vectors": 0.391, "touched": 0.339, "packed": 0.183, "outputs": 0.158},  # mean error 16 %
-        "direct_1x1": {
-            "vectors": 0.502,
-            "rows": 20.5,
-            "packed": 0.485,
-            "outputs": 0.0172,
-            "fixed": 2160.0,
-        },  # mean error 11 %
-        "winograd_f2": {
-            "vectors": 0.224,
-            "entries": 0.556,
-            "far_entries": 0.406,
-            "packed": 0.589,
-            "inputs": 1.04,
-            "outputs": 1.35,
-            "fixed": 4010.0,
-        },  # mean error 15 %
-        "winograd_f4": {
-            "vectors": 0.279,
-            "entries": 0.337,
-            "far_entries": 0.575,
-            "rows": 4.6,
-            "packed": 0.784,
-            "inputs": 0.171,
-            "outputs": 0.787,
-            "fixed": 2020.0,
-        },  # mean error 16 %
-    },
-    # Measured on 15 layers, none of them 1x1 or grouped: 1.023 times the best on average, 1.50 at worst, within 5 % in
-    # 90 % of 60 cases.
-    "avx2": {
-        "dense": {"vectors": 0.214, "inputs": 0.747, "outputs": 1.87},  # mean error 22 %
-        # As for avx512, on the same machine: 1.004 times the best on average, within 5 % in 98 %.
-        "dense_fc": {"vectors": 0.383, "ragged": 0.124, "far_weights": 0.0938, "fixed": 780.0},  # mean error 32 %
-        "direct_fc": {
-            "vectors": 0.155,
-            "entries": 0.248,
-            "far_entries": 0.107,
-            "rows": 1.24,
-            "packed": 0.413,
-            "fixed": 1680.0,
-        },  # mean error 15 %
+        "dense": {"vectors": 0.213, "outputs": 0.986, "weights": 0.049},  # mean error 11%
+        "dense_1x1": {"vectors": 0.211, "inputs": 0.148, "outputs": 0.692},  # mean error 6%
+        "dense_grouped": {"vectors": 0.155, "outputs": 1.21, "weights": 0.655},  # mean error 10%
+        "depthwise": {"vectors": 0.874, "inputs": 0.667},  # mean error 31%
+        "dense_fc": {"vectors": 0.201, "ragged": 0.198, "far_weights": 0.123},  # mean error 43%
         "direct": {
-            "vectors": 0.228,
-            "touched": 0.0619,
-            "entries": 0.225,
-            "packed": 0.22,
-            "outputs": 0.0903,
-        },  # mean error 9 %
+            "vectors": 0.227,
+            "touched": 0.144,
+            "entries": 0.178,
+            "rows": 1.08,
+            "packed": 0.0742,
+            "outputs": 0.057,
+            "fixed": 1520.0,
+        },  # mean error 12%
+        "direct_1x1": {
+            "vectors": 0.255,
+            "rows": 7.17,
+            "packed": 0.0868,
+            "outputs": 0.00206,
+            "fixed": 1410.0,
+        },  # mean error 9%
+        "direct_fc": {
+            "vectors": 0.251,
+            "entries": 0.167,
+            "far_entries": 0.062,
+            "rows": 2.47,
+            "packed": 0.845,
+            "fixed": 1630.0,
+        },  # mean error 12%
         "winograd_f2": {
-            "vectors": 0.233,
-            "entries": 0.0608,
-            "far_entries": 0.588,
-            "packed": 0.681,
-            "outputs": 1.67,
-            "fixed": 3260.0,
-        },  # mean error 17 %
+            "vectors": 0.127,
+            "entries": 0.339,
+            "far_entries": 0.122,
+            "rows": 3.54,
+            "inputs": 1.84,
+            "outputs": 0.185,
+        },  # mean error 11%
         "winograd_f4": {
-            "vectors": 0.13,
-            "entries": 0.32,
-            "far_entries": 0.425,
-            "rows": 0.037,
-            "packed": 0.848,
-            "inputs": 1.54,
-        },  # mean error 15 %
+            "vectors": 0.247,
+            "entries": 0.0947,
+            "far_entries": 0.2,
+            "rows": 7.95,
+            "inputs": 1.83,
+        },  # mean error 16%
+    },
+    # Chosen by it against the best: 1.006 times its time on average, 1.55 at worst, within 5 % in 96% of 184 cases.
+    "avx2": {
+        "dense": {"vectors": 0.195, "inputs": 1.97, "outputs": 1.01},  # mean error 20%
+        "dense_1x1": {"vectors": 0.252, "inputs": 0.12, "outputs": 0.454},  # mean error 5%
+        "dense_grouped": {"vectors": 0.214, "outputs": 1.21},  # mean error 27%
+        "depthwise": {"vectors": 0.103, "inputs": 0.702, "outputs": 0.379},  # mean error 25%
+        "dense_fc": {"vectors": 0.0788, "ragged": 0.127, "far_weights": 0.116, "outputs": 22.4},  # mean error 33%
+        "direct": {
+            "vectors": 0.168,
+            "touched": 0.0905,
+            "rows": 0.218,
+            "packed": 0.0462,
+            "outputs": 0.118,
+            "fixed": 521.0,
+        },  # mean error 11%
+        "direct_1x1": {
+            "vectors": 0.173,
+            "rows": 3.64,
+            "packed": 0.0741,
+            "outputs": 0.0568,
+            "fixed": 1190.0,
+        },  # mean error 8%
+        "direct_fc": {
+            "vectors": 0.175,
+            "entries": 0.274,
+            "far_entries": 0.0199,
+            "rows": 1.9,
+            "packed": 0.374,
+            "fixed": 1480.0,
+        },  # mean error 5%
+        "winograd_f2": {
+            "vectors": 0.152,
+            "entries": 0.15,
+            "far_entries": 0.0447,
+            "rows": 6.07,
+            "inputs": 0.645,
+        },  # mean error 12%
+        "winograd_f4": {
+            "vectors": 0.153,
+            "far_entries": 0.21,
+            "rows": 3.77,
+            "inputs": 1.25,
+            "outputs": 1.93,
+        },  # mean error 12%
     },
 }
 
