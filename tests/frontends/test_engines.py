@@ -46,7 +46,7 @@ from jointsparse.frontends.engines.onnx_runtime import OnnxRuntime, open_session
 from jointsparse.frontends.engines.tvm_build import open_package
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.winograd_inference import winograd_pruned
-from jointsparse.passes import chain_convolutions
+from jointsparse.passes import chain_convolutions, costs
 from jointsparse.schedules.winograd_pruning import WinogradPruning, dump
 from tests.frontends.torch_models import Residual, randomised
 
@@ -329,6 +329,9 @@ class Runs(nn.Module):
 def test_operators_that_hold_several_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain_convolutions, "_BEYOND_CACHES", ((0, 99.0),))
     monkeypatch.setattr(chain_convolutions, "_LEAST_UNITS", 1)
+    # Only tiles of one size are chained: F(4x4) for all.
+    for family, coefficients in costs.FAMILIES.items():
+        monkeypatch.setitem(costs.FAMILIES, family, {**coefficients, "winograd_f2": {"fixed": 1e12}})
     torch.manual_seed(0)
     path = written(randomised(Runs()), (1, 3, 16, 32), tmp_path / "m.onnx")
     plan = compile_model(path, "llvm", tmp_path / "m.tar", domain="winograd")
