@@ -168,7 +168,7 @@ def in_tiles(image: relay.Expr) -> tuple[relay.Expr, tuple[int, ...]]:
     """A Winograd convolution without the conversions around it, which stay away in a network; shape of its data."""
     convolution = image.args[0]
     plan = winograd_plan_of(convolution.attrs)
-    shape = plan.source.shape(plan.geometry.batch, plan.geometry.in_channels)
+    shape = plan.layout.shape(plan.geometry.batch, plan.geometry.in_channels)
     arguments = [relay.var("x", shape=shape), *convolution.args[1:]]
     return relay.Call(convolution.op, arguments, convolution.attrs), shape
 

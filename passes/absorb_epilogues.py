@@ -84,7 +84,7 @@ class _Rewriter(Rewriter):
             residual = self.value(other)
             if is_call(convolution, WINOGRAD):
                 shape = [int(size) for size in other.checked_type.shape]
-                residual = into_tiles(residual, shape, winograd_plan_of(convolution.attrs).result)
+                residual = into_tiles(residual, shape, winograd_plan_of(convolution.attrs).layout)
             return call_of(_ADDING[convolution.op.name], [*convolution.args, residual], **_attributes(convolution))
         return None
 
@@ -111,7 +111,7 @@ def _result(convolution: relay.Call) -> relay.Expr:
     """In NCHW."""
     if is_call(convolution, DIRECT, DIRECT_ADD):
         return convolution
-    return out_of_tiles(convolution, winograd_plan_of(convolution.attrs).result)
+    return out_of_tiles(convolution, winograd_plan_of(convolution.attrs).layout)
 
 
 def _attributes(call: relay.Call) -> dict[str, object]:

@@ -338,12 +338,12 @@ def _direct_work(geometry: ConvGeometry, cpu: CpuFacts) -> _Work:
 @lru_cache(maxsize=4096)
 def _winograd_work(geometry: ConvGeometry, tile: int, cpu: CpuFacts) -> _Work:
     plan = winograd_plan(geometry, tile, cpu)
-    vectors = geometry.batch * plan.result.vectors * plan.positions
+    vectors = geometry.batch * plan.layout.vectors * plan.positions
     return _Work(
         panels=geometry.batch * plan.blocking.blocks,
         panel_vectors=plan.blocking.vectors,
         rows=geometry.out_channels * plan.positions,
-        packed=geometry.batch * geometry.in_channels * plan.source.length,
+        packed=geometry.batch * geometry.in_channels * plan.layout.length,
         inputs=vectors * geometry.in_channels,
         outputs=vectors * geometry.out_channels,
     )

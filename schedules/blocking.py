@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
+PARALLEL_BLOCKS = 4
+"""With this many blocks or more, blocks run in parallel; with fewer, what there is to do in a block."""
+
 
 class Cpu(Protocol):
     """The part of targets.CpuFacts used here."""

@@ -56,8 +56,8 @@ def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:
     geometry = plan.geometry
     return {
         "weights in bundles": _in_bundles(plan),
-        "input in tiles": math.prod(plan.source.shape(geometry.batch, geometry.in_channels)),
-        "result in tiles": math.prod(plan.result.shape(geometry.batch, geometry.out_channels)),
+        "input in tiles": math.prod(plan.layout.shape(geometry.batch, geometry.in_channels)),
+        "result in tiles": math.prod(plan.layout.shape(geometry.batch, geometry.out_channels)),
         "transformed input": plan.positions * plan.input_stride,
         "products": plan.positions * plan.product_stride,
     }

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from .blocking import Cpu
+from .blocking import PARALLEL_BLOCKS, Cpu
 from .geometry import ConvGeometry, round_up
 
 _FLOAT = 4  # bytes
@@ -16,9 +16,6 @@ _FAR = 1024 * 1024  # bytes of input, of which rows read again are no longer nea
 
 _PANELS = (1, 2, 4, 8)
 """Panels tried in a block."""
-
-_PARALLEL_BLOCKS = 4
-"""With this many blocks or more, blocks run in parallel; with fewer, the channels and filters of a block."""
 
 FILTER_CHUNKS = 8
 """Into how many parts filters are split to run in parallel."""
@@ -73,7 +70,7 @@ class DirectPlan:
     def blocks_in_parallel(self) -> bool:
         """Whether each block is computed from beginning to end by one thread."""
         down, across = self.blocks
-        return self.geometry.batch * down * across >= _PARALLEL_BLOCKS
+        return self.geometry.batch * down * across >= PARALLEL_BLOCKS
 
     @property
     def vectors(self) -> int:

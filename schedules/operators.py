@@ -126,12 +126,12 @@ def conv2d_sparse_winograd(
     plan = winograd_plan(geometry, m, cpu_facts(target))
     rows = pack_winograd(winograd_weight, plan)
     shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
-    tiles = into_tiles(data, shape, plan.source, plan.offset)
+    tiles = into_tiles(data, shape, plan.layout, plan.offset)
     bias = relay.const(np.zeros(geometry.out_channels, np.float32))
-    attributes = {**asdict(geometry), **asdict(Activation()), "tile": m, "lanes": plan.result.lanes}
+    attributes = {**asdict(geometry), **asdict(Activation()), "tile": m, "lanes": plan.layout.lanes}
     attributes |= {"vectors": plan.blocking.vectors, "together": plan.blocking.together}
     arguments = [tiles, *_constants(rows), relay.const(rows.filters), bias]
-    return out_of_tiles(call(WINOGRAD, arguments, **attributes), plan.result)
+    return out_of_tiles(call(WINOGRAD, arguments, **attributes), plan.layout)
 
 
 def dense_sparse(
@@ -378,12 +378,12 @@ def _nchw(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | Non
 
 def _winograd_source(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:
     plan = winograd_plan_of(attrs)
-    return plan.source.shape(plan.geometry.batch, plan.geometry.in_channels)
+    return plan.layout.shape(plan.geometry.batch, plan.geometry.in_channels)
 
 
 def _winograd_result(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
     plan = winograd_plan_of(attrs)
-    return plan.result.shape(plan.geometry.batch, plan.geometry.out_channels)
+    return plan.layout.shape(plan.geometry.batch, plan.geometry.out_channels)
 
 
 def _images_in_tiles(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:

@@ -56,10 +56,7 @@ def copy_every(code: VectorCode, source: Place, target: Place, stride: int, coun
 
 def _copied(code: VectorCode, source: Place, target: Place, stride: int, x: tir.PrimExpr) -> tir.Stmt:
     (image, outer, first), (buffer, around, start) = source, target
-    value = code.load(image, *outer, first + x * stride)
-    if code.lanes > 1 and stride == 2:
-        further = code.load(image, *outer, first + x * stride + code.lanes)
-        value = tir.Shuffle([value, further], [tir.const(2 * lane, "int32") for lane in range(code.lanes)])
+    value, *_ = code.split_columns(image, stride, *outer, first + x * stride)
     return tir.BufferStore(buffer, value, code.places(*around, start + x))
 
 

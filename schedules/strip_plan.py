@@ -52,11 +52,11 @@ class StripPlan:
 
     @property
     def m(self) -> int:
-        return self.layers[0].result.m
+        return self.layers[0].layout.m
 
     @property
     def lanes(self) -> int:
-        return self.layers[0].result.lanes
+        return self.layers[0].layout.lanes
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ class StripPlan:
     @property
     def grid(self) -> tuple[int, int]:
         """Tiles of the image (down, across)."""
-        return self.layers[0].result.grid
+        return self.layers[0].layout.grid
 
     @property
     def width(self) -> int:
@@ -151,7 +151,7 @@ def strip_plan(layers: tuple[WinogradPlan, ...]) -> StripPlan | None:
     if not _can_follow(layers):
         return None
     best: StripPlan | None = None
-    for vectors in range(1, -(-layers[0].result.grid[1] // layers[0].result.lanes) + 1):
+    for vectors in range(1, -(-layers[0].layout.grid[1] // layers[0].layout.lanes) + 1):
         plan = StripPlan(layers, vectors, 1)
         if plan.width <= 2 * plan.halo or plan.working_set > _WORKING_SET:
             continue
@@ -175,9 +175,9 @@ def _can_follow(layers: Sequence[WinogradPlan]) -> bool:
     first = layers[0]
     return all(
         layer.offset == (0, 0)
-        and (layer.result.height, layer.result.width, layer.result.m, layer.result.lanes)
-        == (first.result.height, first.result.width, first.result.m, first.result.lanes)
-        and (layer.geometry.in_height, layer.geometry.in_width) == (first.result.height, first.result.width)
+        and (layer.layout.height, layer.layout.width, layer.layout.m, layer.layout.lanes)
+        == (first.layout.height, first.layout.width, first.layout.m, first.layout.lanes)
+        and (layer.geometry.in_height, layer.geometry.in_width) == (first.layout.height, first.layout.width)
         and layer.blocking.vectors == first.blocking.vectors
         for layer in layers
     )

@@ -79,7 +79,7 @@ class VectorCode:
         """Vectors of every `count`-th element from an index on, one for each remainder."""
         *outer, last = index
         pieces = [self.load(buffer, *outer, last + i * self.lanes) for i in range(count)]
-        if self.lanes == 1:
+        if self.lanes == 1 or count == 1:
             return pieces
         return [tir.Shuffle(pieces, list(range(i, count * self.lanes, count))) for i in range(count)]
 

@@ -1,11 +1,11 @@
-"""How a sparse Winograd convolution is computed: layouts of input and result, and blocks."""
+"""How a sparse Winograd convolution is computed: the layout of input and result, and blocks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
 
-from .blocking import Cpu, WinogradBlocking, winograd_blocking
+from .blocking import PARALLEL_BLOCKS, Cpu, WinogradBlocking, winograd_blocking
 from .geometry import ConvGeometry
 from .tiles import TileLayout, tile_layout
 
@@ -20,13 +20,12 @@ class WinogradPlan:
 
     Attributes:
         geometry: stride and dilation 1, square filters.
-        source, result: layouts of input and result: the same tiles at the same places.
-        offset: (down, right) from a pixel of the input to the same pixel of the source layout's image.
+        layout: of input and result: the same tiles at the same places.
+        offset: (down, right) from a pixel of the input to the same pixel of the layout's image.
     """
 
     geometry: ConvGeometry
-    source: TileLayout
-    result: TileLayout
+    layout: TileLayout
     offset: tuple[int, int]
     blocking: WinogradBlocking
 
@@ -35,17 +34,23 @@ class WinogradPlan:
         """From what an operator's attributes hold: tile size, lanes of a vector, vectors of a block, rows together."""
         layout, offset = _layout(geometry, tile, lanes)
         blocking = WinogradBlocking.of(layout.vectors, vectors, together)
-        return cls(geometry, layout, layout, offset, blocking)
+        return cls(geometry, layout, offset, blocking)
+
+    @property
+    def blocks_in_parallel(self) -> bool:
+        """Whether each block is computed from beginning to end by one thread; otherwise the steps of a block are
+        parallel, over channels, positions and filters."""
+        return self.geometry.batch * self.blocking.blocks >= PARALLEL_BLOCKS
 
     @property
     def positions(self) -> int:
         """Of a tile in the Winograd domain, n x n."""
-        return (self.result.m + self.geometry.kernel[0] - 1) ** 2
+        return (self.layout.m + self.geometry.kernel[0] - 1) ** 2
 
     @property
     def tiles(self) -> int:
         """Of a block; the last one may have fewer."""
-        return self.blocking.vectors * self.result.lanes
+        return self.blocking.vectors * self.layout.lanes
 
     @property
     def bundles(self) -> int:

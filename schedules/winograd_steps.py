@@ -49,12 +49,12 @@ class WinogradSteps:
     """Emits the steps of one layer.
 
     Args:
-        plan: of the layer; its layouts do not matter here.
+        plan: of the layer; where its layout has its tiles does not matter here.
     """
 
     def __init__(self, code: VectorCode, plan: WinogradPlan, weights: Weights) -> None:
         self.code, self.plan, self.weights = code, plan, weights
-        self.matrices = transform(plan.result.m, plan.geometry.kernel[0])
+        self.matrices = transform(plan.layout.m, plan.geometry.kernel[0])
         self.reach = (plan.geometry.kernel[0] - 1) // 2
 
     def transform_input(
@@ -112,7 +112,7 @@ class WinogradSteps:
 
     def transform_output(self, k: tir.PrimExpr, vectors: int, products: tir.Buffer, store: Store) -> None:
         """``Y = AT M A`` and the bias, for one filter."""
-        code, n, m = self.code, self.matrices.n, self.plan.result.m
+        code, n, m = self.code, self.matrices.n, self.plan.layout.m
         bias = code.keep(code.splat(self.weights.bias[self.weights.first_bias + k]))
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)

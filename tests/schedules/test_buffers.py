@@ -86,7 +86,7 @@ def test_winograd_buffers_are_those_of_the_code(name: str, tile: int, target: st
     plan = winograd_plan(geometry, tile, cpu_facts(target))
     bundles = plan.bundles * plan.positions
     filters = te.placeholder((bundles * plan.blocking.together,), "int32", name="filters")
-    inputs = arguments(plan.source.shape(geometry.batch, geometry.in_channels), bundles, filters)
+    inputs = arguments(plan.layout.shape(geometry.batch, geometry.in_channels), bundles, filters)
     bias = te.placeholder((geometry.out_channels,), name="bias")
     result = sparse_winograd(*inputs, bias, None, plan=plan, activation=Activation(), prefetch=True)
     sizes = allocated(te.create_schedule(result.op), [*inputs, bias, result])

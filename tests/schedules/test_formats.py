@@ -423,7 +423,7 @@ def test_direct_blocks_cover_the_output(geometry: ConvGeometry, lanes: int, grou
 def test_winograd_blocks_cover_all_tiles(geometry: ConvGeometry, m: int, lanes: int) -> None:
     cpu = Cpu(lanes=lanes)
     plan = winograd_plan(geometry, m, cpu)
-    blocking, vectors = plan.blocking, plan.result.vectors
+    blocking, vectors = plan.blocking, plan.layout.vectors
     assert (blocking.blocks - 1) * blocking.vectors + blocking.last == vectors
     assert 1 <= blocking.last <= blocking.vectors <= vectors
     assert blocking.together >= 1

@@ -67,8 +67,8 @@ def given_tiles(plan: StripPlan) -> tuple[Counter[int], Counter[int]]:
 
 def spoiled(layers: tuple[WinogradPlan, ...]) -> int:
     """Pixels from the edge that meet what lies before it in any sum, by the matrices themselves."""
-    m, size = layers[0].result.m, 40
-    bad = np.zeros(size * layers[0].result.m, bool)
+    m, size = layers[0].layout.m, 40
+    bad = np.zeros(size * layers[0].layout.m, bool)
     for layer in layers:
         kernel = layer.geometry.kernel[0]
         at, _, bt = (np.array(matrix) != 0 for matrix in transform(m, kernel).arrays())
@@ -97,8 +97,8 @@ def test_gives_every_tile_once_out_of_a_bounded_working_set(layers: tuple[Winogr
     plan = strip_plan(layers)
     narrow = all(
         StripPlan(layers, vectors, 1).working_set > MOST
-        for vectors in range(1, 1 + -(-layers[0].result.grid[1] // layers[0].result.lanes))
-        if layers[0].result.lanes * vectors > 2 * len(layers)
+        for vectors in range(1, 1 + -(-layers[0].layout.grid[1] // layers[0].layout.lanes))
+        if layers[0].layout.lanes * vectors > 2 * len(layers)
     )
     if plan is None:
         assert narrow
@@ -117,7 +117,7 @@ def test_gives_every_tile_once_out_of_a_bounded_working_set(layers: tuple[Winogr
 @given(layers=chains())
 def test_no_other_width_wastes_less(layers: tuple[WinogradPlan, ...]) -> None:
     best = strip_plan(layers)
-    for vectors in range(1, 1 + -(-layers[0].result.grid[1] // layers[0].result.lanes)):
+    for vectors in range(1, 1 + -(-layers[0].layout.grid[1] // layers[0].layout.lanes)):
         other = StripPlan(layers, vectors, 1)
         if other.width > 2 * other.halo and other.working_set <= MOST:
             assert best is not None
