@@ -11,7 +11,7 @@ Attributes hold the whole geometry, so the type of the result follows from them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from tvm import relay, te
 
 from . import cpu_dense, llvm_workaround
 from .buffers import argument_buffers, dense_buffers, direct_buffers, why_too_large, winograd_buffers
+from .convolution_buffers import Arguments
 from .direct_plan import DirectPlan, direct_plan, in_one_row
 from .epilogues import Activation
 from .formats import BundledRows, SparseRows, pack_dense, pack_direct, pack_winograd
@@ -241,31 +242,17 @@ def _dense_plan(batch: int, inputs: int, outputs: int, target: tvm.target.Target
     return DensePlan(batch, inputs, outputs, nonzero_group(batch, cpu.lanes), segment)
 
 
-def _compute_dense(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
-    data, values, indices, indptr = inputs
+def _compute_dense(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], target: tvm.target.Target) -> te.Tensor:
     plan, lanes = unpack(DensePlan, attrs), cpu_facts(target).lanes
     _refuse(why_too_large(dense_buffers(plan, lanes)))
     return sparse_dense(
-        data,
-        values,
-        indices,
-        indptr,
-        plan,
-        lanes,
-        gather=gathers_fast(target),
-        prefetch=target.kind.name == "llvm",
+        **inputs, plan=plan, lanes=lanes, gather=gathers_fast(target), prefetch=target.kind.name == "llvm"
     )
 
 
-def _compute_direct(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
-    data, values, indices, indptr, bias, *residual = inputs
+def _compute_direct(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], target: tvm.target.Target) -> te.Tensor:
     return sparse_direct(
-        data,
-        values,
-        indices,
-        indptr,
-        bias,
-        residual[0] if residual else None,
+        Arguments(**inputs),
         plan=direct_plan_of(attrs),
         shape=unpack(ConvGeometry, attrs).out_shape,
         activation=unpack(Activation, attrs),
@@ -278,18 +265,10 @@ def winograd_plan_of(attrs: tvm.ir.Attrs) -> WinogradPlan:
     return WinogradPlan.of(unpack(ConvGeometry, attrs), **numbers)
 
 
-def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
-    data, values, indices, indptr, filters, bias, *residual = inputs
-    plan = winograd_plan_of(attrs)
+def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], target: tvm.target.Target) -> te.Tensor:
     return sparse_winograd(
-        data,
-        values,
-        indices,
-        indptr,
-        filters,
-        bias,
-        residual[0] if residual else None,
-        plan=plan,
+        Arguments(**inputs),
+        plan=winograd_plan_of(attrs),
         activation=unpack(Activation, attrs),
         prefetch=target.kind.name == "llvm",
     )
@@ -344,17 +323,10 @@ _CHAINED = ("filters", "kernels", "together")
 """Attributes of a chain that have one number for each layer."""
 
 
-def _compute_chain(attrs: tvm.ir.Attrs, inputs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Tensor:
-    data, values, indices, indptr, filters, bias, *residual = inputs
+def _compute_chain(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], target: tvm.target.Target) -> te.Tensor:
     numbers = zip(*(plain(attrs[name]) for name in ("activations", "lows", "highs")), strict=True)
     return winograd_chain_compute(
-        data,
-        values,
-        indices,
-        indptr,
-        filters,
-        bias,
-        residual[0] if residual else None,
+        Arguments(**inputs),
         plan=strip_plan_of(attrs),
         first_values=plain(attrs["first_values"]),
         activations=[Activation(*facts) for facts in numbers],
@@ -466,7 +438,7 @@ register(
     {"data": "images, NCHW"},
     lambda attrs, data: plain(attrs["shape"]),
     lambda attrs, data: unpack(TileLayout, attrs).shape(data[0], data[1]),
-    lambda attrs, inputs, target: to_tiles(inputs[0], unpack(TileLayout, attrs), plain(attrs["offset"])),
+    lambda attrs, inputs, target: to_tiles(inputs["data"], unpack(TileLayout, attrs), plain(attrs["offset"])),
     _as_it_is,
 )
 register(
@@ -475,7 +447,7 @@ register(
     {"data": "images in tile layout"},
     _images_in_tiles,
     _image_shape,
-    lambda attrs, inputs, target: from_tiles(inputs[0], unpack(TileLayout, attrs)),
+    lambda attrs, inputs, target: from_tiles(inputs["data"], unpack(TileLayout, attrs)),
     _as_it_is,
 )
 register(
@@ -484,7 +456,7 @@ register(
     {"data": "images, NCHW"},
     lambda attrs, data: plain(attrs["shape"]),
     lambda attrs, data: (data[0], data[1], *unpack(PoolGeometry, attrs).out),
-    lambda attrs, inputs, target: max_pool2d_compute(inputs[0], unpack(PoolGeometry, attrs)),
+    lambda attrs, inputs, target: max_pool2d_compute(inputs["data"], unpack(PoolGeometry, attrs)),
     _as_it_is,
 )
 llvm_workaround.apply()

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 _MIXED_PRECISION_NEVER = 2
 
-Compute = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Tensor]
+Compute = Callable[[tvm.ir.Attrs, Mapping[str, te.Tensor], tvm.target.Target], te.Tensor]
 Schedule = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Schedule]
 DataShape = Callable[[tvm.ir.Attrs, Sequence[int | None]], Sequence[int | None]]
 ResultShape = Callable[[tvm.ir.Attrs, Sequence[int]], Sequence[int]]
@@ -49,6 +49,7 @@ def register(
         data_shape: of the data that a call is made for, from its attributes and the shape that it is given (None for
             what is not fixed).
         result_shape: from attributes and shape of the data.
+        compute: from attributes and arguments by name.
         other_shapes: of further arguments that are float32, by name, from the shape of the result.
         fusable: whether what follows it elementwise becomes part of its schedule.
     """
@@ -78,7 +79,7 @@ def register(
             raise ValueError(reason)
         implementation = relay_op.OpStrategy()
         implementation.add_implementation(
-            lambda attrs, inputs, out_type: [compute(attrs, inputs, target)],
+            lambda attrs, inputs, out_type: [compute(attrs, dict(zip(names, inputs, strict=True)), target)],
             schedule,
             name=f"{name}.cpu",
         )

@@ -18,7 +18,7 @@ from functools import partial
 import tvm
 from tvm import te, tir
 
-from .convolution_buffers import ConvolutionBuffers, convolution
+from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .direct_plan import FILTER_CHUNKS, DirectPlan
 from .epilogues import Activation
 from .row_code import copy_every, each_run, each_vector
@@ -26,12 +26,7 @@ from .vector_code import VectorCode
 
 
 def sparse_direct(
-    data: te.Tensor,
-    values: te.Tensor,
-    indices: te.Tensor,
-    indptr: te.Tensor,
-    bias: te.Tensor,
-    residual: te.Tensor | None,
+    arguments: Arguments[te.Tensor],
     *,
     plan: DirectPlan,
     shape: tuple[int, int, int, int],
@@ -40,27 +35,14 @@ def sparse_direct(
     """Convolve, add, activate.
 
     Args:
-        data: (N, C, H, W) float32, of the plan's geometry.
-        values, indices, indptr: SparseRows of formats.pack_direct for the plan.
-        bias: (K,). residual: of the shape of the result, or None.
+        arguments: data (N, C, H, W), float32, of the plan's geometry; SparseRows of formats.pack_direct for the plan;
+            bias (K,); residual of the shape of the result.
         shape: of the result; not the plan's, if that has the image in one row.
 
     Returns:
         (N, K, output height, output width).
     """
-    return convolution(
-        "direct",
-        shape,
-        {
-            "data": data,
-            "values": values,
-            "indices": indices,
-            "indptr": indptr,
-            "bias": bias,
-            "residual": residual,
-        },
-        lambda buffers: _Kernel(buffers, plan, activation).emit(),
-    )
+    return convolution("direct", shape, arguments, lambda buffers: _Kernel(buffers, plan, activation).emit())
 
 
 @dataclass(frozen=True)

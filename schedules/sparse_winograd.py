@@ -14,7 +14,7 @@ from functools import partial
 import tvm
 from tvm import te, tir
 
-from .convolution_buffers import ConvolutionBuffers, convolution
+from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .epilogues import Activation
 from .geometry import round_up
 from .vector_code import VectorCode
@@ -26,13 +26,7 @@ _NOWHERE = 2**30
 
 
 def sparse_winograd(
-    data: te.Tensor,
-    values: te.Tensor,
-    indices: te.Tensor,
-    indptr: te.Tensor,
-    filters: te.Tensor,
-    bias: te.Tensor,
-    residual: te.Tensor | None,
+    arguments: Arguments[te.Tensor],
     *,
     plan: WinogradPlan,
     activation: Activation,
@@ -41,9 +35,8 @@ def sparse_winograd(
     """Convolve, add, activate.
 
     Args:
-        data: (N, C, length) in the plan's layout, float32.
-        values, indices, indptr, filters: BundledRows of formats.pack_winograd.
-        bias: (K,). residual: (N, K, length) in the plan's layout, or None.
+        arguments: data (N, C, length) in the plan's layout, float32; BundledRows of formats.pack_winograd for the plan;
+            bias (K,); residual (N, K, length) in the plan's layout.
         prefetch: whether code for the target can fetch ahead.
 
     Returns:
@@ -51,18 +44,7 @@ def sparse_winograd(
     """
     shape = plan.layout.shape(plan.geometry.batch, plan.geometry.out_channels)
     return convolution(
-        "winograd",
-        shape,
-        {
-            "data": data,
-            "values": values,
-            "indices": indices,
-            "indptr": indptr,
-            "filters": filters,
-            "bias": bias,
-            "residual": residual,
-        },
-        lambda buffers: _Kernel(buffers, plan, activation, prefetch).emit(),
+        "winograd", shape, arguments, lambda buffers: _Kernel(buffers, plan, activation, prefetch).emit()
     )
 
 
@@ -85,9 +67,7 @@ class _Kernel:
         self.activation = activation
         self.ib = tvm.tir.ir_builder.create()
         self.code = VectorCode(self.ib, plan.layout.lanes, prefetch=prefetch)
-        self.steps = WinogradSteps(
-            self.code, plan, Weights(buffers.values, buffers.indices, buffers.indptr, _filters(buffers), buffers.bias)
-        )
+        self.steps = WinogradSteps(self.code, plan, Weights(buffers))
 
     @property
     def lanes(self) -> int:
@@ -205,8 +185,3 @@ class _Kernel:
     def _place(self, block: _Block) -> tir.PrimExpr:
         """Of the block's first tile."""
         return self.layout.margin + block.number * (self.blocking.vectors * self.lanes)
-
-
-def _filters(buffers: ConvolutionBuffers) -> tir.Buffer:
-    assert buffers.filters is not None
-    return buffers.filters

@@ -14,7 +14,7 @@ from functools import partial
 import tvm
 from tvm import te, tir
 
-from .convolution_buffers import ConvolutionBuffers, convolution
+from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .epilogues import Activation
 from .strip_plan import ROWS, StripPlan
 from .vector_code import VectorCode
@@ -25,13 +25,7 @@ _Copy = Callable[[VectorCode, tir.PrimExpr, int], None]
 
 
 def winograd_chain(
-    data: te.Tensor,
-    values: te.Tensor,
-    indices: te.Tensor,
-    indptr: te.Tensor,
-    filters: te.Tensor,
-    bias: te.Tensor,
-    residual: te.Tensor | None,
+    arguments: Arguments[te.Tensor],
     *,
     plan: StripPlan,
     first_values: Sequence[int],
@@ -41,10 +35,8 @@ def winograd_chain(
     """Convolve, activate, convolve, and so on.
 
     Args:
-        data: (N, C, H, W), float32.
-        values, indices, indptr, filters: BundledRows of formats.pack_winograd for each layer, one after the other.
-        bias: (K,) of each layer, one after the other.
-        residual: of the shape of the result, added to it before the last activation, or None.
+        arguments: data (N, C, H, W), float32; BundledRows of formats.pack_winograd and bias (K,) of each layer, one
+            after the other; residual of the shape of the result, added to it before the last activation.
         first_values: where the values of each layer begin.
         activations: of each layer.
         prefetch: whether code for the target can fetch ahead.
@@ -55,18 +47,7 @@ def winograd_chain(
     geometry = plan.geometry
     shape = (geometry.batch, plan.channels[-1], geometry.in_height, geometry.in_width)
     return convolution(
-        "chain",
-        shape,
-        {
-            "data": data,
-            "values": values,
-            "indices": indices,
-            "indptr": indptr,
-            "filters": filters,
-            "bias": bias,
-            "residual": residual,
-        },
-        lambda buffers: _Kernel(buffers, plan, first_values, activations, prefetch).emit(),
+        "chain", shape, arguments, lambda buffers: _Kernel(buffers, plan, first_values, activations, prefetch).emit()
     )
 
 
@@ -111,19 +92,8 @@ class _Kernel:
         self.code = VectorCode(self.ib, plan.lanes, prefetch=prefetch)
         self.steps: list[WinogradSteps] = []
         bundles = rows = biases = 0
-        assert buffers.filters is not None
         for layer, first_value in zip(plan.layers, first_values, strict=True):
-            weights = Weights(
-                buffers.values,
-                buffers.indices,
-                buffers.indptr,
-                buffers.filters,
-                buffers.bias,
-                first_value,
-                bundles,
-                rows,
-                biases,
-            )
+            weights = Weights(buffers, first_value, bundles, rows, biases)
             self.steps.append(WinogradSteps(self.code, layer, weights))
             bundles += layer.positions * layer.bundles + 1
             rows += layer.positions * layer.bundles * layer.blocking.together

@@ -15,6 +15,7 @@ from itertools import chain
 
 from tvm import tir
 
+from .convolution_buffers import ConvolutionBuffers
 from .vector_code import VectorCode, even_odd
 from .winograd import Matrix, transform
 from .winograd_plan import WinogradPlan
@@ -34,11 +35,7 @@ _VALUES_AHEAD = 256
 class Weights:
     """BundledRows of formats.py and biases, and where those of a layer begin in buffers that several share."""
 
-    values: tir.Buffer
-    indices: tir.Buffer
-    indptr: tir.Buffer
-    filters: tir.Buffer
-    bias: tir.Buffer
+    buffers: ConvolutionBuffers
     first_value: int = 0
     first_bundle: int = 0
     first_row: int = 0
@@ -85,27 +82,29 @@ class WinogradSteps:
 
     def multiply(self, xi: tir.PrimExpr, vectors: int, inputs: tir.Buffer, products: tir.Buffer) -> None:
         """``M = U V`` at one position: sums in registers, non-zeros outside, vectors inside."""
-        code, plan, weights, together = self.code, self.plan, self.weights, self.plan.blocking.together
+        code, plan, together = self.code, self.plan, self.plan.blocking.together
+        weights, buffers = self.weights, self.weights.buffers
+        assert buffers.filters is not None
         base, target = code.let(xi * plan.input_stride), code.let(xi * plan.product_stride)
         for t in range(vectors):
             code.store(inputs, code.splat(0.0), base + plan.geometry.in_channels * plan.tiles + t * code.lanes)
         with code.loop(plan.bundles, "bundle") as i:
             bundle = code.let(xi * plan.bundles + i)
-            first = code.let(weights.indptr[weights.first_bundle + bundle])
-            count = code.let(weights.indptr[weights.first_bundle + bundle + 1] - first)
+            first = code.let(buffers.indptr[weights.first_bundle + bundle])
+            count = code.let(buffers.indptr[weights.first_bundle + bundle + 1] - first)
             sums = [code.array(vectors, "sums") for _ in range(together)]
             for one in chain(*sums):
                 code.set(one, code.splat(0.0))
             with code.loop(count, "e") as e:
                 entry = code.let(weights.first_value + (first + e) * together)
-                code.fetch(weights.values, entry + _VALUES_AHEAD)
+                code.fetch(buffers.values, entry + _VALUES_AHEAD)
                 for r in range(together):
-                    operand = code.let(base + tir.Cast("int32", weights.indices[entry + r]) * plan.index_unit)
-                    weight = code.keep(code.splat(weights.values[entry + r]))
+                    operand = code.let(base + tir.Cast("int32", buffers.indices[entry + r]) * plan.index_unit)
+                    weight = code.keep(code.splat(buffers.values[entry + r]))
                     for t, one in enumerate(sums[r]):
                         code.set(one, one + weight * code.load(inputs, operand + t * code.lanes))
             for r in range(together):
-                filter_ = weights.filters[weights.first_row + bundle * together + r]
+                filter_ = buffers.filters[weights.first_row + bundle * together + r]
                 row = code.let(target + filter_ * plan.tiles)
                 for t, one in enumerate(sums[r]):
                     code.store(products, one, row + t * code.lanes)
@@ -113,7 +112,7 @@ class WinogradSteps:
     def transform_output(self, k: tir.PrimExpr, vectors: int, products: tir.Buffer, store: Store) -> None:
         """``Y = AT M A`` and the bias, for one filter."""
         code, n, m = self.code, self.matrices.n, self.plan.layout.m
-        bias = code.keep(code.splat(self.weights.bias[self.weights.first_bias + k]))
+        bias = code.keep(code.splat(self.weights.buffers.bias[self.weights.first_bias + k]))
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
             source = code.let(k * self.plan.tiles + vector)

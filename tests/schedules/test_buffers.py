@@ -16,6 +16,7 @@ from jointsparse.schedules.buffers import (
     why_too_large,
     winograd_buffers,
 )
+from jointsparse.schedules.convolution_buffers import Arguments
 from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.epilogues import Activation
 from jointsparse.schedules.formats import pack_winograd
@@ -38,20 +39,23 @@ GEOMETRIES = {
 each_target = pytest.mark.parametrize("target", ["llvm", "llvm -mcpu=haswell", "llvm -mcpu=skylake-avx512"])
 
 
-def arguments(shape: tuple[int, ...], rows: int, *more: te.Tensor) -> list[te.Tensor]:
-    return [
-        te.placeholder(shape, name="data"),
-        te.placeholder((16,), name="values"),
-        te.placeholder((16,), "int32", name="indices"),
-        te.placeholder((rows + 1,), "int32", name="indptr"),
-        *more,
-    ]
+def arguments(shape: tuple[int, ...], rows: int, biases: int, filters: int = 0) -> Arguments[te.Tensor]:
+    """Of a convolution; filters: rows that say whose they are."""
+    return Arguments(
+        data=te.placeholder(shape, name="data"),
+        values=te.placeholder((16,), name="values"),
+        indices=te.placeholder((16,), "int32", name="indices"),
+        indptr=te.placeholder((rows + 1,), "int32", name="indptr"),
+        filters=te.placeholder((filters,), "int32", name="filters") if filters else None,
+        bias=te.placeholder((biases,), name="bias"),
+    )
 
 
-def allocated(schedule: te.Schedule, tensors: list[te.Tensor]) -> dict[str, int]:
+def allocated(inputs: Arguments[te.Tensor], result: te.Tensor) -> dict[str, int]:
     """Elements by name of buffer, the largest of each, before buffers that do not live together are merged."""
     with tvm.transform.PassContext(disabled_pass=["tir.StorageRewrite"]):
-        mod = tvm.lower(schedule, tensors)
+        given = [tensor for tensor in vars(inputs).values() if tensor is not None]
+        mod = tvm.lower(te.create_schedule(result.op), [*given, result])
     sizes = {}
 
     def visit(node: tvm.tir.Stmt) -> None:
@@ -69,10 +73,9 @@ def allocated(schedule: te.Schedule, tensors: list[te.Tensor]) -> dict[str, int]
 def test_direct_buffers_are_those_of_the_code(geometry: ConvGeometry, target: str) -> None:
     plan = direct_plan(geometry, cpu_facts(target))
     shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
-    inputs = arguments(shape, geometry.out_channels * plan.channel_blocks)
-    bias = te.placeholder((geometry.out_channels,), name="bias")
-    result = sparse_direct(*inputs, bias, None, plan=plan, shape=geometry.out_shape, activation=Activation())
-    sizes = allocated(te.create_schedule(result.op), [*inputs, bias, result])
+    inputs = arguments(shape, geometry.out_channels * plan.channel_blocks, geometry.out_channels)
+    result = sparse_direct(inputs, plan=plan, shape=geometry.out_shape, activation=Activation())
+    sizes = allocated(inputs, result)
     assert direct_buffers(plan) == {"packed input": sizes.get("planes", 0), "sums": sizes["sums"]}
     # Registers apart, which are small arrays.
     assert max(sizes.values()) == max(sizes.get("planes", 0), sizes["sums"]) or 4 * max(sizes.values()) < STACK_BYTES
@@ -85,13 +88,12 @@ def test_winograd_buffers_are_those_of_the_code(name: str, tile: int, target: st
     geometry = GEOMETRIES[name]
     plan = winograd_plan(geometry, tile, cpu_facts(target))
     bundles = plan.bundles * plan.positions
-    filters = te.placeholder((bundles * plan.blocking.together,), "int32", name="filters")
-    inputs = arguments(plan.layout.shape(geometry.batch, geometry.in_channels), bundles, filters)
-    bias = te.placeholder((geometry.out_channels,), name="bias")
-    result = sparse_winograd(*inputs, bias, None, plan=plan, activation=Activation(), prefetch=True)
-    sizes = allocated(te.create_schedule(result.op), [*inputs, bias, result])
+    shape = plan.layout.shape(geometry.batch, geometry.in_channels)
+    inputs = arguments(shape, bundles, geometry.out_channels, bundles * plan.blocking.together)
+    result = sparse_winograd(inputs, plan=plan, activation=Activation(), prefetch=True)
+    sizes = allocated(inputs, result)
     buffers = winograd_buffers(plan)
-    assert buffers["input in tiles"] == math.prod(int(size) for size in inputs[0].shape)
+    assert buffers["input in tiles"] == math.prod(int(size) for size in inputs.data.shape)
     assert buffers["result in tiles"] == math.prod(int(size) for size in result.shape)
     assert (buffers["transformed input"], buffers["products"]) == (sizes["V"], sizes["M"])
     assert max(sizes.values()) == max(sizes["V"], sizes["M"])
@@ -114,14 +116,10 @@ def test_buffers_of_a_chain_are_those_of_the_code(channels: list[int], tile: int
     plan = chain_of(channels, 70, 300, tile, target)
     bundles = [layer.positions * layer.bundles for layer in plan.layers]
     rows = sum(number * layer.blocking.together for number, layer in zip(bundles, plan.layers, strict=True))
-    filters, bias = te.placeholder((rows,), "int32", name="filters"), te.placeholder((sum(channels[1:]),), name="bias")
-    shape = (2, channels[0], 70, 300)
-    inputs = arguments(shape, sum(bundles) + len(bundles) - 1, filters)
+    inputs = arguments((2, channels[0], 70, 300), sum(bundles) + len(bundles) - 1, sum(channels[1:]), rows)
     activations = [Activation()] * 2
-    result = winograd_chain(
-        *inputs, bias, None, plan=plan, first_values=[0, 16], activations=activations, prefetch=True
-    )
-    sizes = allocated(te.create_schedule(result.op), [*inputs, bias, result])
+    result = winograd_chain(inputs, plan=plan, first_values=[0, 16], activations=activations, prefetch=True)
+    sizes = allocated(inputs, result)
     kept = [sizes[f"kept{i}"] for i in range(2)]
     assert kept == [plan.kept(i) for i in range(2)]
     assert (plan.inputs, plan.products) == (sizes["V"], sizes["M"])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tvm import te
 
 from jointsparse.schedules import operators  # noqa: F401  (readies LLVM)
+from jointsparse.schedules.convolution_buffers import Arguments
 from jointsparse.schedules.direct_plan import DirectPlan, in_one_row
 from jointsparse.schedules.epilogues import Activation
 from jointsparse.schedules.formats import pack_direct
@@ -57,7 +58,9 @@ def run_plan(
     rows = pack_direct(weight, plan)
     arrays = [data, rows.values, rows.indices, rows.indptr, bias, residual]
     inputs = [te.placeholder(a.shape, str(a.dtype), name=f"a{i}") for i, a in enumerate(arrays)]
-    result = sparse_direct(*inputs, plan=plan, shape=geometry.out_shape, activation=Activation("leaky_relu", 0.5))
+    names = ("data", "values", "indices", "indptr", "bias", "residual")
+    arguments = Arguments(**dict(zip(names, inputs, strict=True)))
+    result = sparse_direct(arguments, plan=plan, shape=geometry.out_shape, activation=Activation("leaky_relu", 0.5))
     kernel = tvm.build(te.create_schedule(result.op), [*inputs, result], target)
     out = tvm.nd.empty(geometry.out_shape)
     kernel(*[tvm.nd.array(a) for a in arrays], out)
