@@ -31,14 +31,14 @@ from tvm.contrib import graph_executor
 from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
 from jointsparse.passes.costs import Coefficients, LinearCostModel, counts, family, kind
 from jointsparse.passes.plan import DENSE, DIRECT, TILE, WINOGRAD
-from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.operators import (
+from jointsparse.schedules.attributes import winograd_plan_of
+from jointsparse.schedules.constructors import (
     conv2d_sparse_direct,
     conv2d_sparse_winograd,
     dense_sparse,
     why_not_winograd,
-    winograd_plan_of,
 )
+from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
 
 # What each kind of kernel is charged for.

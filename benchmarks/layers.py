@@ -30,8 +30,8 @@ from rich.table import Table
 from tvm import relay
 from tvm.contrib import graph_executor
 
+from jointsparse.schedules.constructors import conv2d_sparse_direct, conv2d_sparse_winograd, why_not_winograd
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd, why_not_winograd
 from jointsparse.schedules.winograd_pruning import WinogradPruning, magnitudes, separating_threshold
 
 

@@ -10,17 +10,10 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relay
 
+from ..schedules.attributes import winograd_plan_of
+from ..schedules.constructors import into_tiles, out_of_tiles
 from ..schedules.epilogues import RELU, Activation
-from ..schedules.operators import (
-    DIRECT,
-    DIRECT_ADD,
-    FROM_TILES,
-    WINOGRAD,
-    WINOGRAD_ADD,
-    into_tiles,
-    out_of_tiles,
-    winograd_plan_of,
-)
+from ..schedules.operators import DIRECT, DIRECT_ADD, FROM_TILES, WINOGRAD, WINOGRAD_ADD
 from ..schedules.registration import call as call_of
 from ..schedules.registration import unpack
 from .straight_graphs import Rewriter, is_call, rebuilt, rewrite_straight

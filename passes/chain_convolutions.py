@@ -9,15 +9,10 @@ import numpy as np
 import tvm
 from tvm import relay
 
+from ..schedules.attributes import winograd_plan_of
 from ..schedules.buffers import chain_buffers, why_too_large
-from ..schedules.operators import (
-    FROM_TILES,
-    TO_TILES,
-    WINOGRAD,
-    WINOGRAD_ADD,
-    winograd_chain,
-    winograd_plan_of,
-)
+from ..schedules.constructors import winograd_chain
+from ..schedules.operators import FROM_TILES, TO_TILES, WINOGRAD, WINOGRAD_ADD
 from ..schedules.registration import plain
 from ..schedules.strip_plan import StripPlan, strip_plan
 from ..schedules.winograd_plan import WinogradPlan

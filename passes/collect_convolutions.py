@@ -11,8 +11,9 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relay
 
+from ..schedules.constructors import why_not_dense_sparse, why_not_direct, why_not_winograd
 from ..schedules.geometry import ConvGeometry
-from ..schedules.operators import DENSE_SPARSE, why_not_dense_sparse, why_not_direct, why_not_winograd
+from ..schedules.operators import DENSE_SPARSE
 from ..schedules.operators import DIRECT as DIRECT_OPERATOR
 from ..schedules.operators import WINOGRAD as WINOGRAD_OPERATOR
 from ..schedules.targets import why_not_target

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import tvm
 from tvm import relay
 
-from ..schedules.operators import FROM_TILES, TO_TILES, into_tiles, out_of_tiles
+from ..schedules.constructors import into_tiles, out_of_tiles
+from ..schedules.operators import FROM_TILES, TO_TILES
 from ..schedules.registration import plain, unpack
 from ..schedules.tiles import TileLayout
 from .absorb_epilogues import activation_of

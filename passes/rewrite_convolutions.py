@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from tvm import relay
 from tvm.relay.dataflow_pattern import DFPatternCallback, is_op, rewrite, wildcard
 
-from ..schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd, dense_sparse
+from ..schedules.constructors import conv2d_sparse_direct, conv2d_sparse_winograd, dense_sparse
 from .convolutions import MAIN, find_convolutions
 from .layers import Layer, Worklist
 from .plan import DENSE, DIRECT, TILE

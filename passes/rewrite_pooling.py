@@ -6,8 +6,8 @@ import tvm
 from tvm import relay
 from tvm.relay.dataflow_pattern import DFPatternCallback, is_op, rewrite, wildcard
 
+from ..schedules.constructors import max_pool2d
 from ..schedules.max_pool import PoolGeometry
-from ..schedules.operators import max_pool2d
 from ..schedules.targets import why_not_target
 from .convolutions import MAIN
 

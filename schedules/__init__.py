@@ -9,9 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .formats import BundledRows, SparseRows, pack_dense, pack_direct, pack_winograd
-    from .geometry import ConvGeometry
-    from .operators import (
+    from .constructors import (
         conv2d_sparse_direct,
         conv2d_sparse_winograd,
         dense_sparse,
@@ -19,6 +17,8 @@ if TYPE_CHECKING:
         why_not_direct,
         why_not_winograd,
     )
+    from .formats import BundledRows, SparseRows, pack_dense, pack_direct, pack_winograd
+    from .geometry import ConvGeometry
     from .targets import cpu_facts, why_not_target
     from .winograd import transform
 
@@ -30,12 +30,12 @@ _HOME = {
     "pack_direct": "formats",
     "pack_winograd": "formats",
     "transform": "winograd",
-    "conv2d_sparse_direct": "operators",
-    "conv2d_sparse_winograd": "operators",
-    "dense_sparse": "operators",
-    "why_not_dense_sparse": "operators",
-    "why_not_direct": "operators",
-    "why_not_winograd": "operators",
+    "conv2d_sparse_direct": "constructors",
+    "conv2d_sparse_winograd": "constructors",
+    "dense_sparse": "constructors",
+    "why_not_dense_sparse": "constructors",
+    "why_not_direct": "constructors",
+    "why_not_winograd": "constructors",
     "why_not_target": "targets",
     "cpu_facts": "targets",
 }

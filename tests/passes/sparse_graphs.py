@@ -10,17 +10,9 @@ from numpy.typing import NDArray
 from tvm import relay
 from tvm.contrib import graph_executor
 
+from jointsparse.schedules.constructors import conv2d_sparse_direct, conv2d_sparse_winograd
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.operators import (
-    DIRECT,
-    DIRECT_ADD,
-    FROM_TILES,
-    TO_TILES,
-    WINOGRAD,
-    WINOGRAD_ADD,
-    conv2d_sparse_direct,
-    conv2d_sparse_winograd,
-)
+from jointsparse.schedules.operators import DIRECT, DIRECT_ADD, FROM_TILES, TO_TILES, WINOGRAD, WINOGRAD_ADD
 from jointsparse.schedules.winograd import transform
 
 TARGET = "llvm"

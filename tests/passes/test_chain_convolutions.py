@@ -16,8 +16,9 @@ from jointsparse.passes import chain_convolutions
 from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
 from jointsparse.passes.chain_convolutions import ChainConvolutions, Link, chained
 from jointsparse.passes.keep_tiles import KeepTiles
+from jointsparse.schedules.attributes import strip_plan_of
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.operators import WINOGRAD_CHAIN, WINOGRAD_CHAIN_ADD, strip_plan_of
+from jointsparse.schedules.operators import WINOGRAD_CHAIN, WINOGRAD_CHAIN_ADD
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.winograd_plan import winograd_plan
 from tests.passes.sparse_graphs import (

@@ -9,8 +9,8 @@ from tvm import relay
 
 from jointsparse.passes.collect_convolutions import CollectConvolutions
 from jointsparse.passes.layers import Worklist
+from jointsparse.schedules.constructors import dense_sparse
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.operators import dense_sparse
 from tests.passes.relay_nets import HOST
 
 RNG = np.random.default_rng(0)

@@ -14,8 +14,8 @@ from tvm.contrib import graph_executor
 
 from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
 from jointsparse.passes.keep_tiles import KeepTiles
+from jointsparse.schedules.constructors import conv2d_sparse_direct, conv2d_sparse_winograd
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd
 from jointsparse.schedules.winograd import transform
 from tests import reference
 

@@ -16,12 +16,12 @@ from jointsparse.schedules.buffers import (
     why_too_large,
     winograd_buffers,
 )
+from jointsparse.schedules.constructors import why_not_direct, why_not_winograd
 from jointsparse.schedules.convolution_buffers import Arguments
 from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.epilogues import Activation
 from jointsparse.schedules.formats import pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.operators import why_not_direct, why_not_winograd
 from jointsparse.schedules.sparse_direct import sparse_direct
 from jointsparse.schedules.sparse_winograd import sparse_winograd
 from jointsparse.schedules.strip_plan import StripPlan, strip_plan

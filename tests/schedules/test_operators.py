@@ -16,20 +16,16 @@ from tvm import relay
 from tvm.contrib import graph_executor
 
 from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
-from jointsparse.schedules.direct_plan import direct_plan
-from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.operators import (
-    DIRECT,
-    DIRECT_ADD,
-    FROM_TILES,
-    WINOGRAD,
-    WINOGRAD_ADD,
+from jointsparse.schedules.constructors import (
     conv2d_sparse_direct,
     conv2d_sparse_winograd,
     out_of_tiles,
     why_not_direct,
     why_not_winograd,
 )
+from jointsparse.schedules.direct_plan import direct_plan
+from jointsparse.schedules.geometry import ConvGeometry
+from jointsparse.schedules.operators import DIRECT, DIRECT_ADD, FROM_TILES, WINOGRAD, WINOGRAD_ADD
 from jointsparse.schedules.targets import cpu_facts, why_not_target
 from jointsparse.schedules.tiles import TileLayout
 from jointsparse.schedules.winograd import transform

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tvm import relay
 from tvm.contrib import graph_executor
 
+from jointsparse.schedules.constructors import dense_sparse, why_not_dense_sparse
 from jointsparse.schedules.formats import pack_dense
-from jointsparse.schedules.operators import dense_sparse, why_not_dense_sparse
 from jointsparse.schedules.sparse_dense import image_block, nonzero_group, segment_length
 from jointsparse.schedules.targets import cpu_facts, gathers_fast
 

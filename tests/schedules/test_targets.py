@@ -12,9 +12,9 @@ import pytest
 import tvm
 from tvm import relay
 
+from jointsparse.schedules.constructors import conv2d_sparse_direct, conv2d_sparse_winograd
 from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.operators import conv2d_sparse_direct, conv2d_sparse_winograd
 from jointsparse.schedules.targets import _L1_KIB, _L2_KIB, STACK_BYTES, cpu_facts, why_not_target
 from jointsparse.schedules.winograd import transform
 from jointsparse.schedules.winograd_plan import winograd_plan

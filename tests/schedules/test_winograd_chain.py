@@ -16,15 +16,10 @@ from tvm import relay
 from tvm.contrib import graph_executor
 
 from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
+from jointsparse.schedules.attributes import strip_plan_of, winograd_plan_of
+from jointsparse.schedules.constructors import conv2d_sparse_winograd, winograd_chain
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.operators import (
-    WINOGRAD,
-    WINOGRAD_ADD,
-    conv2d_sparse_winograd,
-    strip_plan_of,
-    winograd_chain,
-    winograd_plan_of,
-)
+from jointsparse.schedules.operators import WINOGRAD, WINOGRAD_ADD
 from jointsparse.schedules.strip_plan import StripPlan
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.winograd import transform
