@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import tvm
@@ -58,6 +59,19 @@ def twice(y: Expr, use: Callable[[Expr], Expr]) -> Expr:
 
 def main(*parameters: relay.Var, body: Expr) -> tvm.IRModule:
     return relay.transform.InferType()(tvm.IRModule.from_expr(relay.Function(list(parameters), body)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph of two images, and the operators that it has after the pass tested."""
+
+    build: Callable[[Expr, Expr], Expr]
+    after: str
+
+
+def graph(case: Case) -> tvm.IRModule:
+    x, r = image("x"), image("r")
+    return main(x, r, body=case.build(x, r))
 
 
 def operators(mod: tvm.IRModule) -> list[str]:

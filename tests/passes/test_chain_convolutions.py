@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -22,11 +20,13 @@ from jointsparse.schedules.operators import WINOGRAD_CHAIN, WINOGRAD_CHAIN_ADD
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.winograd_plan import winograd_plan
 from tests.passes.sparse_graphs import (
+    Case,
     Expr,
     Results,
     before_and_after,
     constant,
     conv,
+    graph,
     image,
     main,
     operators,
@@ -53,18 +53,11 @@ def nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain_convolutions, "_LEAST_UNITS", 1)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A graph of two images, and the operators that it has after the pass, if no image fits into a cache."""
-
-    build: Callable[[Expr, Expr], Expr]
-    after: str
-
-
 def _block(x: Expr) -> Expr:
     return relu(relay.add(conv(relu(conv(x)), seed=1), x))
 
 
+# Where no image fits into a cache.
 CASES = {
     "two": Case(lambda x, r: conv(relu(conv(x)), seed=1), "chain"),
     "one": Case(lambda x, r: conv(x), "chain"),
@@ -110,11 +103,6 @@ SHORT = {WINOGRAD_CHAIN: "chain", WINOGRAD_CHAIN_ADD: "chain_add"}
 
 def names(mod: tvm.IRModule) -> Counter[str]:
     return Counter(SHORT.get(name, name) for name in operators(mod))
-
-
-def graph(case: Case) -> tvm.IRModule:
-    x, r = image("x"), image("r")
-    return main(x, r, body=case.build(x, r))
 
 
 @pytest.mark.parametrize("name", CASES)

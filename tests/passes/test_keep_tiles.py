@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -19,11 +18,13 @@ from jointsparse.schedules.operators import FROM_TILES, TO_TILES
 from jointsparse.schedules.registration import unpack
 from jointsparse.schedules.tiles import TileLayout
 from tests.passes.sparse_graphs import (
+    Case,
     Expr,
     Results,
     before_and_after,
     constant,
     conv,
+    graph,
     image,
     main,
     operators,
@@ -36,14 +37,6 @@ from tests.reference import relative_rms
 def kept(mod: tvm.IRModule) -> tvm.IRModule:
     """As in the pipeline."""
     return KeepTiles()(AbsorbEpilogues()(mod))
-
-
-@dataclass(frozen=True)
-class Case:
-    """A graph of two images, and the operators that it has after the pass."""
-
-    build: Callable[[Expr, Expr], Expr]
-    after: str
 
 
 relu, tanh, sigmoid = relay.nn.relu, relay.tanh, relay.sigmoid
@@ -160,11 +153,6 @@ CASES = {
         "to winograd from to winograd from",
     ),
 }  # fmt: skip
-
-
-def graph(case: Case) -> tvm.IRModule:
-    x, r = image("x"), image("r")
-    return main(x, r, body=case.build(x, r))
 
 
 @pytest.mark.parametrize("name", CASES)

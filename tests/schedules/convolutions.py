@@ -36,6 +36,12 @@ def host_cpu() -> str:
     return tvm.target.codegen.llvm_get_system_cpu()
 
 
+TARGETS = [
+    target for target, feature in ((HASWELL, "avx2"), (AVX512, "avx512bw"), ("llvm", "sse2")) if host_has(feature)
+] or ["llvm"]
+"""That this machine runs."""
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What follows a convolution, in Relay and in numpy. Both take (convolution, channel vector, residual)."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
-import pytest
-import tvm
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
@@ -16,12 +14,10 @@ from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.winograd_plan import winograd_plan
 from tests.schedules.convolutions import (
-    AVX512,
-    HASWELL,
+    TARGETS,
     Case,
     check,
     direct_case,
-    host_has,
     weights_of,
     winograd_case,
 )
@@ -32,10 +28,6 @@ PER_LIBRARY = 6
 AT_LEAST = 150
 """Different geometries that each test must have run."""
 
-TARGETS = [
-    target for target, feature in ((HASWELL, "avx2"), (AVX512, "avx512bw"), ("llvm", "sse2")) if host_has(feature)
-] or ["llvm"]
-
 RANDOM = settings(
     max_examples=26,
     deadline=None,
@@ -45,28 +37,18 @@ RANDOM = settings(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def default_threads() -> Iterator[None]:
-    yield
-    _use_threads(0)
+def test_direct(use_threads: Callable[[int], None]) -> None:
+    _check_many(direct_case, use_threads)
 
 
-def _use_threads(count: int) -> None:
-    tvm.get_global_func("runtime.config_threadpool")(0, count)
-
-
-def test_direct() -> None:
-    _check_many(direct_case)
-
-
-def test_winograd() -> None:
-    seen = _check_many(winograd_case)
+def test_winograd(use_threads: Callable[[int], None]) -> None:
+    seen = _check_many(winograd_case, use_threads)
     kinds = Counter((case.geometry.kernel, case.tile) for case in seen)
     assert len(kinds) == 4
     assert min(kinds.values()) >= 20
 
 
-def _check_many(draw_case: Callable[..., Case]) -> list[Case]:
+def _check_many(draw_case: Callable[..., Case], use_threads: Callable[[int], None]) -> list[Case]:
     """Draw, build and compare; then see that what was drawn is as varied as it should be."""
     seen: dict[ConvGeometry, tuple[Case, str]] = {}
 
@@ -81,7 +63,7 @@ def _check_many(draw_case: Callable[..., Case]) -> list[Case]:
         cases = [draw_case(rng, large=i == PER_LIBRARY - 1) for i in range(PER_LIBRARY)]
         # Hypothesis may repeat a seed with another target: that would be the same convolutions again.
         assume(seen.keys().isdisjoint(case.geometry for case in cases))
-        _use_threads(threads)
+        use_threads(threads)
         check(cases, target)
         # Only now: shrinking runs failures again.
         seen.update({case.geometry: (case, target) for case in cases})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,32 +24,18 @@ from jointsparse.schedules.strip_plan import StripPlan
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.winograd import transform
 from tests import reference
-from tests.schedules.convolutions import AVX512, HASWELL, TOLERANCE, host_has
-
-TARGETS = [
-    target for target, feature in ((HASWELL, "avx2"), (AVX512, "avx512bw"), ("llvm", "sse2")) if host_has(feature)
-] or ["llvm"]
+from tests.schedules.convolutions import AVX512, TARGETS, TOLERANCE
 
 MEETINGS = ("above", "below", "equal")
 """How images meet the width of a strip: the chains of one library."""
 
 RANDOM = settings(
-    max_examples=6,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def default_threads() -> Iterator[None]:
-    yield
-    _use_threads(0)
-
-
-def _use_threads(count: int) -> None:
-    tvm.get_global_func("runtime.config_threadpool")(0, count)
 
 
 @dataclass(frozen=True)
@@ -229,7 +215,7 @@ def draw_chain(rng: np.random.Generator, lanes: int, meeting: str) -> Chain:
     )
 
 
-def test_random_chains() -> None:
+def test_random_chains(use_threads: Callable[[int], None]) -> None:
     seen: list[Chain] = []
 
     @RANDOM
@@ -237,7 +223,7 @@ def test_random_chains() -> None:
     def compare(seed: int, target: str, threads: int) -> None:
         rng, lanes = np.random.default_rng(seed), cpu_facts(target).lanes
         chains = [draw_chain(rng, lanes, meeting) for meeting in MEETINGS]
-        _use_threads(threads)
+        use_threads(threads)
         check(chains, target)
         seen.extend(chains)
 
@@ -275,11 +261,13 @@ def _wide(target: str, m: int) -> Chain:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_same_as_operator_by_operator_and_infinities_stay_where_they_were(target: str) -> None:
+def test_the_same_as_operator_by_operator_and_infinities_stay_where_they_were(
+    target: str, use_threads: Callable[[int], None]
+) -> None:
     """A pixel that is no number spoils the tiles that read it, layer after layer. Nothing else may have met it: not
     what lies beyond a strip, nor what was kept of rows before."""
     # Two, for no strip to mend what the one before it has written beyond its end.
-    _use_threads(2)
+    use_threads(2)
     chain = _wide(target, 4 if target == AVX512 else 2)
     x, r = relay.var("x", shape=chain.shape), relay.var("r", shape=chain.result_shape)
     data, rng = inputs_of(chain), np.random.default_rng(0)
