@@ -1,12 +1,8 @@
-"""The operators inside Relay: types, passes, executors, libraries, and the traps of TVM's own sparse convolution."""
+"""The operators inside Relay: types, refusals, what follows them, and TVM's own passes."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,84 +19,27 @@ from jointsparse.schedules.constructors import (
     why_not_direct,
     why_not_winograd,
 )
-from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.operators import DIRECT, DIRECT_ADD, FROM_TILES, WINOGRAD, WINOGRAD_ADD
-from jointsparse.schedules.targets import cpu_facts, why_not_target
+from jointsparse.schedules.targets import why_not_target
 from jointsparse.schedules.tiles import TileLayout
-from jointsparse.schedules.winograd import transform
-from jointsparse.schedules.winograd_plan import winograd_plan
 from tests import reference
-from tests.schedules.convolutions import HASWELL, host_has
-
-LLVM = "llvm"
-SMALL = ConvGeometry(1, 4, 11, 13, 6, (3, 3), padding=(1, 1, 1, 1))
-BOTH = pytest.mark.parametrize("tile", [0, 4], ids=["direct", "winograd"])
-"""0 is direct."""
-needs_avx2 = pytest.mark.skipif(not host_has("avx2"), reason="this machine has no AVX2")
-
-
-def weights(geometry: ConvGeometry, tile: int = 0, sparsity: float = 0.8, seed: int = 0) -> NDArray[np.float32]:
-    rng = np.random.default_rng(seed)
-    dense = rng.standard_normal(geometry.weight_shape)
-    dense = transform(tile, geometry.kernel[0]).filters(dense) if tile else dense
-    dense.reshape(-1)[rng.permutation(dense.size)[: round(sparsity * dense.size)]] = 0
-    return dense.astype(np.float32)
-
-
-def data_of(geometry: ConvGeometry) -> NDArray[np.float32]:
-    shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
-    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-
-
-def sparse(
-    data: relay.Expr, weight: NDArray[np.float32], geometry: ConvGeometry, tile: int, target: str = LLVM
-) -> relay.Expr:
-    if tile:
-        return conv2d_sparse_winograd(data, weight, geometry, tile, target)
-    return conv2d_sparse_direct(data, weight, geometry, target)
-
-
-def expected(data: NDArray[np.float32], weight: NDArray[np.float32], geometry: ConvGeometry, tile: int) -> NDArray:
-    if tile:
-        return reference.winograd(data, weight, geometry, tile)
-    return reference.conv2d(data, weight, geometry)
-
-
-def module(geometry: ConvGeometry, after: Callable[[relay.Expr], relay.Expr], tile: int = 0) -> tvm.IRModule:
-    x = relay.var("x", shape=data_of(geometry).shape)
-    return tvm.IRModule.from_expr(relay.Function([x], after(sparse(x, weights(geometry, tile), geometry, tile))))
-
-
-def build(mod: tvm.IRModule, target: str = LLVM, opt_level: int = 3) -> tvm.relay.backend.executor_factory:
-    with tvm.transform.PassContext(opt_level=opt_level):
-        return relay.build(mod, target)
-
-
-def run(library: tvm.runtime.Module, **inputs: NDArray) -> NDArray:
-    executor = graph_executor.GraphModule(library["default"](tvm.cpu()))
-    executor.set_input(**inputs)
-    executor.run()
-    return executor.get_output(0).numpy()
-
-
-def close(result: NDArray, reference_result: NDArray) -> None:
-    assert result.shape == reference_result.shape
-    assert reference.relative_rms(result, reference_result) < 1e-5
-
-
-def check_plain(geometry: ConvGeometry, tile: int = 0, target: str = LLVM, sparsity: float = 0.8) -> None:
-    weight, data = weights(geometry, tile, sparsity), data_of(geometry)
-    x = relay.var("x", shape=data.shape)
-    mod = tvm.IRModule.from_expr(relay.Function([x], sparse(x, weight, geometry, tile, target)))
-    close(run(build(mod, target), x=data), expected(data, weight, geometry, tile))
-
-
-def kernels(library: tvm.runtime.Module) -> list[str]:
-    return [
-        node["attrs"]["func_name"] for node in json.loads(library.get_graph_json())["nodes"] if node["op"] != "null"
-    ]
-
+from tests.schedules.convolutions import HASWELL
+from tests.schedules.libraries import (
+    BOTH,
+    LLVM,
+    SMALL,
+    build,
+    close,
+    data_of,
+    expected,
+    kernels,
+    module,
+    needs_avx2,
+    run,
+    sparse,
+    weights,
+)
 
 # --- types
 
@@ -200,7 +139,7 @@ def test_layers_of_equal_shape_keep_their_own_nonzeros(tile: int) -> None:
     assert len({name for name in kernels(library) if "conv2d" in name}) == 1, "like layers should share one kernel"
 
 
-# --- refusals
+# --- constructors
 
 
 def test_reasons() -> None:
@@ -230,6 +169,15 @@ def test_constructors_refuse() -> None:
 def test_a_target_without_schedule_is_refused_in_words() -> None:
     with pytest.raises(Exception, match="no sparse schedule for target kind opencl"):
         build(module(SMALL, lambda y: y), "opencl")
+
+
+@BOTH
+def test_arguments_are_not_changed(tile: int) -> None:
+    weight = weights(SMALL, tile)
+    before = weight.copy()
+    weight.flags.writeable = False
+    sparse(relay.var("x", shape=(1, 4, 11, 13)), weight, SMALL, tile)
+    np.testing.assert_array_equal(weight, before)
 
 
 # --- fusion
@@ -331,15 +279,7 @@ def test_two_convolutions_added() -> None:
     close(run(build(tvm.IRModule.from_expr(relay.Function([x], y))), x=data), want)
 
 
-# --- passes and executors
-
-
-@BOTH
-@pytest.mark.parametrize("opt_level", [0, 1, 2, 3])
-def test_every_optimisation_level(tile: int, opt_level: int) -> None:
-    data = data_of(SMALL)
-    want = np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0)
-    close(run(build(module(SMALL, relay.nn.relu, tile), opt_level=opt_level), x=data), want)
+# --- passes
 
 
 @BOTH
@@ -408,147 +348,3 @@ def test_standard_passes_keep_it(tile: int) -> None:
         mod = passes(module(SMALL, lambda y: relay.nn.relu(relay.nn.relu(y)), tile))
     data = data_of(SMALL)
     close(run(build(mod), x=data), np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
-
-
-@BOTH
-def test_virtual_machine(tile: int) -> None:
-    data = data_of(SMALL)
-    with tvm.transform.PassContext(opt_level=3):
-        executable = relay.vm.compile(module(SMALL, relay.nn.relu, tile), LLVM)
-    result = tvm.runtime.vm.VirtualMachine(executable, tvm.cpu()).invoke("main", data).numpy()
-    close(result, np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
-
-
-@BOTH
-def test_ahead_of_time_executor(tile: int, tmp_path: Path) -> None:
-    data = data_of(SMALL)
-    with tvm.transform.PassContext(opt_level=3):
-        factory = relay.build(
-            module(SMALL, relay.nn.relu, tile),
-            LLVM,
-            executor=relay.backend.Executor("aot", {"interface-api": "packed"}),
-        )
-    factory.export_library(str(tmp_path / "aot.so"))
-    loaded = tvm.runtime.load_module(str(tmp_path / "aot.so"))
-    executor = tvm.runtime.executor.AotModule(loaded["default"](tvm.cpu()))
-    executor.set_input("x", data)
-    executor.run()
-    close(executor.get_output(0).numpy(), np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
-
-
-@BOTH
-def test_a_library_needs_only_tvm(tile: int, tmp_path: Path) -> None:
-    data = data_of(SMALL)
-    build(module(SMALL, relay.nn.relu, tile)).export_library(str(tmp_path / "net.so"))
-    np.save(tmp_path / "x.npy", data)
-    program = f"""
-import sys, numpy, tvm
-from tvm.contrib import graph_executor
-executor = graph_executor.GraphModule(tvm.runtime.load_module({str(tmp_path / "net.so")!r})["default"](tvm.cpu()))
-executor.set_input("x", numpy.load({str(tmp_path / "x.npy")!r}))
-executor.run()
-numpy.save({str(tmp_path / "y.npy")!r}, executor.get_output(0).numpy())
-assert not any(name.startswith("jointsparse.") for name in sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
-    close(np.load(tmp_path / "y.npy"), np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
-
-
-@pytest.mark.parametrize("tile", [0, 2, 4], ids=["direct", "winograd F2", "winograd F4"])
-def test_as_c_source(tile: int, tmp_path: Path) -> None:
-    """Winograd for a target without vectors; TVM's C generator cannot do comparisons of vectors."""
-    data = data_of(SMALL)
-    x = relay.var("x", shape=data.shape)
-    y = relay.nn.relu(sparse(x, weights(SMALL, tile), SMALL, tile, "c"))
-    library = build(AbsorbEpilogues()(tvm.IRModule.from_expr(relay.Function([x], y))), "c")
-    library.export_library(str(tmp_path / f"source{tile}.so"))
-    library = tvm.runtime.load_module(str(tmp_path / f"source{tile}.so"))
-    close(run(library, x=data), np.maximum(expected(data, weights(SMALL, tile), SMALL, tile), 0))
-
-
-# --- the traps of TVM 0.19's own sparse convolution
-
-TRAPS = {
-    "padding": ConvGeometry(1, 4, 9, 9, 8, (3, 3), padding=(2, 0, 1, 3)),
-    "dilation": ConvGeometry(1, 4, 12, 12, 8, (3, 3), dilation=(2, 3)),
-    "groups": ConvGeometry(1, 8, 9, 9, 8, (3, 3), padding=(1, 1, 1, 1), groups=4),
-    "depthwise": ConvGeometry(1, 6, 9, 9, 12, (3, 3), padding=(1, 1, 1, 1), groups=6),
-    "strides differ": ConvGeometry(1, 4, 11, 12, 8, (3, 3), strides=(1, 3), padding=(1, 1, 1, 1)),
-    "remainder channels": ConvGeometry(1, 5, 9, 9, 7, (3, 3), padding=(1, 1, 1, 1)),
-    "strided 1x1": ConvGeometry(1, 5, 9, 9, 7, (1, 1), strides=(2, 2)),
-    "stride larger than the filter": ConvGeometry(2, 3, 20, 21, 4, (2, 2), strides=(5, 9)),
-    "one pixel": ConvGeometry(1, 3, 1, 1, 5, (1, 1)),
-    "padding above a row": ConvGeometry(2, 3, 1, 7, 5, (1, 3), strides=(1, 4), padding=(5, 3, 3, 0), dilation=(1, 3)),
-}
-
-
-@pytest.mark.parametrize("name", TRAPS)
-def test_direct_traps(name: str) -> None:
-    check_plain(TRAPS[name], sparsity=0.4)
-
-
-@BOTH
-def test_arguments_are_not_changed(tile: int) -> None:
-    weight = weights(SMALL, tile)
-    before = weight.copy()
-    weight.flags.writeable = False
-    sparse(relay.var("x", shape=(1, 4, 11, 13)), weight, SMALL, tile)
-    np.testing.assert_array_equal(weight, before)
-
-
-@BOTH
-@pytest.mark.parametrize("sparsity", [0.0, 1.0])
-def test_no_zeros_and_nothing_but_zeros(tile: int, sparsity: float) -> None:
-    check_plain(SMALL, tile, sparsity=sparsity)
-
-
-@pytest.mark.parametrize("tile", [0, 2, 4], ids=["direct", "winograd F2", "winograd F4"])
-@pytest.mark.parametrize("filters", [1, 7])
-def test_a_channel_that_a_filter_does_not_read_is_not_felt(tile: int, filters: int) -> None:
-    """Nor by filters whose rows are filled up beside those that read it."""
-    geometry = ConvGeometry(2, 5, 11, 13, filters, (3, 3), padding=(1, 1, 1, 1))
-    if tile and filters > 1:
-        together = winograd_plan(geometry, tile, cpu_facts(LLVM)).blocking.together
-        assert filters % together > 0
-    weight, data = weights(geometry, tile, 0.6), data_of(geometry)
-    blind = np.arange(filters) % 3 == 0
-    weight[blind, 0] = weight[blind, 4] = 0
-    want = expected(data, weight, geometry, tile)
-    data[:, 0], data[:, 4] = np.inf, np.nan
-    x = relay.var("x", shape=data.shape)
-    result = run(build(tvm.IRModule.from_expr(relay.Function([x], sparse(x, weight, geometry, tile)))), x=data)
-    close(result[:, blind], want[:, blind])
-    assert not np.isfinite(result[:, ~blind, 3:8, 3:8]).any()
-
-
-@BOTH
-def test_kernels_run_in_parallel(tile: int) -> None:
-    library = build(module(SMALL, relay.nn.relu, tile))
-    assert "TVMBackendParallelLaunch" in library.get_lib().get_source("ll")
-
-
-# --- blocks
-
-
-@pytest.mark.parametrize(
-    "geometry",
-    [
-        ConvGeometry(1, 40, 60, 60, 3, (3, 3), padding=(1, 1, 1, 1)),
-        ConvGeometry(1, 24, 9, 700, 3, (5, 5), strides=(1, 2), padding=(2, 1, 0, 2)),
-        ConvGeometry(2, 30, 37, 301, 2, (3, 3), strides=(3, 1), dilation=(1, 2)),
-    ],
-    ids=["rows", "columns", "both"],
-)
-def test_direct_in_blocks(geometry: ConvGeometry) -> None:
-    assert direct_plan(geometry, cpu_facts(LLVM)).blocks != (1, 1)
-    check_plain(geometry)
-
-
-@needs_avx2
-@pytest.mark.parametrize(("tile", "size"), [(2, 3), (4, 3), (2, 5)])
-@pytest.mark.parametrize("shape", [(7, 5, 130, 170), (32, 33, 61, 35), (96, 3, 30, 29)], ids=["wide", "tall", "deep"])
-def test_winograd_in_blocks(tile: int, size: int, shape: tuple[int, int, int, int]) -> None:
-    channels, filters, height, width = shape
-    geometry = ConvGeometry(2, channels, height, width, filters, (size, size), padding=(1, 2, 1, 0))
-    assert winograd_plan(geometry, tile, cpu_facts(HASWELL)).blocking.blocks > 1
-    check_plain(geometry, tile, HASWELL)
