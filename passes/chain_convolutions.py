@@ -18,9 +18,13 @@ from ..schedules.strip_plan import StripPlan, strip_plan
 from ..schedules.winograd_plan import WinogradPlan
 from .straight_graphs import Rewriter, is_call, rewrite_straight
 
-# (Bytes of input and output together; how many times longer the transforms of a convolution by itself take when they
-# read and write that much). Measured on a core with 2 MiB of L2.
-_BEYOND_CACHES = ((64 << 20, 2.5), (8 << 20, 1.3), (0, 1.0))
+_BEYOND_CACHES = 64 << 20
+"""Bytes of input and output together, from which memory bounds a convolution by itself."""
+
+# How many times longer than in a chain transforms and conversions take by themselves, if memory bounds them and if it
+# does not. Measured on a core with 2 MiB of L2.
+_TRANSFORMS = {True: 1.5, False: 0.8}
+_CONVERSIONS = {True: 2.0, False: 1.0}
 
 _NONZEROS = 230
 """That multiply a tile in the time of the transform of a channel."""
@@ -95,17 +99,21 @@ class Link:
         return self.channels * self.plan.positions / 36
 
     @property
-    def alone(self) -> float:
-        """What it takes by itself, its images in memory."""
+    def beyond_caches(self) -> bool:
+        """Whether memory bounds it by itself."""
         geometry = self.plan.geometry
-        size = 4 * geometry.batch * self.channels * geometry.in_height * geometry.in_width
-        return self.products + self.transforms * next(factor for least, factor in _BEYOND_CACHES if size >= least)
+        return 4 * geometry.batch * self.channels * geometry.in_height * geometry.in_width >= _BEYOND_CACHES
+
+    @property
+    def alone(self) -> float:
+        """What it takes by itself."""
+        return self.products + self.transforms * _TRANSFORMS[self.beyond_caches]
 
 
 def chained(layers: Sequence[Link]) -> list[StripPlan]:
     """These layers in chains; none where each by itself takes less.
 
-    A chain converts its first image and its last; without chains that is done apart, and takes twice as long.
+    A chain converts its first image and its last; without chains that is done apart.
     """
     # By layers, the least cost of the first so many, and their chains.
     best: list[tuple[float, list[StripPlan]] | None] = [(0.0, [])]
@@ -120,8 +128,10 @@ def chained(layers: Sequence[Link]) -> list[StripPlan]:
         best.append(min(options, key=lambda option: option[0], default=None))
     if not layers or best[-1] is None:
         return []
-    conversions = layers[0].plan.geometry.in_channels + layers[-1].plan.geometry.out_channels
-    alone = 2 * conversions + sum(layer.alone for layer in layers)
+    first, last = layers[0], layers[-1]
+    alone = sum(layer.alone for layer in layers)
+    alone += first.plan.geometry.in_channels * _CONVERSIONS[first.beyond_caches]
+    alone += last.plan.geometry.out_channels * _CONVERSIONS[last.beyond_caches]
     return best[-1][1] if best[-1][0] < alone else []
 
 

@@ -46,20 +46,29 @@ class WinogradBlocking:
         return cls(vectors, blocks, all_vectors - (blocks - 1) * vectors, together)
 
 
-_TILES = 32
+_TILES = range(32, 65)
 """Of a block. A weight, once loaded, should meet some tiles; but with more, what is transformed at a time, and the
 images around it, leave the caches. Measured from 64 to 512 channels with AVX-512 and AVX2."""
+
+_TRANSFORMED = 576 * 256
+"""Floats of input and products of a block, 576 KiB, if that is in the range: with few channels weights are few too, and
+meet more tiles."""
 
 _TOGETHER = 4
 """Rows of weights. With more it makes no difference."""
 
 
 @cache
-def winograd_blocking(vectors: int, filters: int, cpu: Cpu) -> WinogradBlocking:
+def winograd_blocking(vectors: int, filters: int, transformed: int, cpu: Cpu) -> WinogradBlocking:
     """Blocks for an image of so many vectors, and bundles of so many rows, both evenly filled; their sums stay in three
-    quarters of the registers."""
+    quarters of the registers.
+
+    Args:
+        transformed: floats of input and products for each tile.
+    """
     sums = cpu.registers * 3 // 4
-    blocks = -(-vectors // max(1, min(_TILES // cpu.lanes, sums // 2)))
+    tiles = min(_TILES[-1], max(_TILES[0], _TRANSFORMED // transformed))
+    blocks = -(-vectors // max(1, min(tiles // cpu.lanes, sums // 2)))
     length = -(-vectors // blocks)
     bundles = -(-filters // max(1, min(_TOGETHER, sums // length)))
     return WinogradBlocking.of(vectors, length, -(-filters // bundles))

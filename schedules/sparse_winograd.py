@@ -7,22 +7,19 @@ margins of the layout have to be zeroed by whoever writes the image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import tvm
 from tvm import te, tir
 
 from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .epilogues import Activation
-from .geometry import round_up
+from .tile_chunks import Chunks
+from .tile_planes import Planes
+from .tiles import CHUNKS
 from .vector_code import VectorCode
 from .winograd_plan import WinogradPlan
-from .winograd_steps import Weights, WinogradSteps
-
-_NOWHERE = 2**30
-"""Row or column of a place that is no tile's."""
+from .winograd_steps import Store, Weights, WinogradSteps, Writer
 
 
 def sparse_winograd(
@@ -48,12 +45,16 @@ def sparse_winograd(
     )
 
 
+_FAR = 1 << 23
+"""Bytes of an image that is likely not to be in L2."""
+
+
 @dataclass(frozen=True)
 class _Block:
-    """Some vectors of tiles of one image. number: of the block, within the image. length: its vectors."""
+    """Some vectors of tiles of one image. first: its first vector, within the image. length: its vectors."""
 
     image: tir.PrimExpr
-    number: tir.PrimExpr
+    first: tir.PrimExpr
     length: int
 
 
@@ -63,15 +64,10 @@ class _Kernel:
     def __init__(self, buffers: ConvolutionBuffers, plan: WinogradPlan, activation: Activation, prefetch: bool) -> None:
         self.buffers = buffers
         self.plan, self.geometry, self.blocking = plan, plan.geometry, plan.blocking
-        self.layout = plan.layout
         self.activation = activation
         self.ib = tvm.tir.ir_builder.create()
         self.code = VectorCode(self.ib, plan.layout.lanes, prefetch=prefetch)
         self.steps = WinogradSteps(self.code, plan, Weights(buffers))
-
-    @property
-    def lanes(self) -> int:
-        return self.layout.lanes
 
     def emit(self) -> tir.Stmt:
         images, blocks = self.geometry.batch, self.blocking.blocks
@@ -85,103 +81,43 @@ class _Kernel:
 
     def _block_of_any_length(self, image: tir.PrimExpr, number: tir.PrimExpr, kind: str) -> None:
         whole, last = self.blocking.vectors, self.blocking.last
+        first = self.code.let(number * whole)
         if whole == last:
-            self._block(_Block(image, number, whole), kind)
+            self._block(_Block(image, first, whole), kind)
             return
         with self.ib.if_scope(number < self.blocking.blocks - 1):
-            self._block(_Block(image, number, whole), kind)
+            self._block(_Block(image, first, whole), kind)
         with self.ib.else_scope():
-            self._block(_Block(image, number, last), kind)
+            self._block(_Block(image, first, last), kind)
 
     def _block(self, block: _Block, kind: str) -> None:
         """All three steps; each goes over what can be done in parallel, `kind` says whether it is."""
-        code, plan, steps = self.code, self.plan, self.steps
+        code, plan, steps, buffers = self.code, self.plan, self.steps, self.buffers
         inputs = self.ib.allocate("float32", plan.positions * plan.input_stride, name="V", scope="global")._buffer
         products = self.ib.allocate("float32", plan.positions * plan.product_stride, name="M", scope="global")._buffer
+        tiles = (Chunks if plan.layout.form == CHUNKS else Planes)(code, plan.layout, block.first, block.length)
+        far = 4 * self.geometry.in_channels * plan.layout.length > _FAR
         with code.loop(self.geometry.in_channels, "c", kind) as c:
-            steps.transform_input(c, block.length, partial(self._load_pixel, block, c), inputs)
+            steps.transform_input(c, block.length, tiles.reader(buffers.data, block.image, c, fetch=far), inputs)
         with code.loop(plan.positions, "xi", kind) as xi:
             steps.multiply(xi, block.length, inputs, products)
-        pixels = self._pixels_of_places(block)
         with code.loop(self.geometry.out_channels, "k", kind) as k:
-            self._clear_margins(block, k)
-            steps.transform_output(k, block.length, products, partial(self._store_pixel, block, k, pixels))
+            tiles.clear(buffers.result, block.image, k)
+            steps.transform_output(k, block.length, products, self._writer(tiles, block, k))
 
-    def _load_pixel(self, block: _Block, c: tir.PrimExpr, vector: tir.PrimExpr, row: int, col: int) -> tir.PrimExpr:
-        place = self._place(block) + vector
-        return self.code.load(self.buffers.data, block.image, c, place + self.layout.locate(row, col))
+    def _writer(self, tiles: Chunks | Planes, block: _Block, k: tir.PrimExpr) -> Writer:
+        """Of finished pixels of a filter."""
+        code, buffers, write = self.code, self.buffers, tiles.writer(self.buffers.result, block.image, k)
 
-    def _store_pixel(
-        self,
-        block: _Block,
-        k: tir.PrimExpr,
-        pixels_of_places: tuple[tir.Buffer, tir.Buffer],
-        vector: tir.PrimExpr,
-        i: int,
-        j: int,
-        value: tir.PrimExpr,
-    ) -> None:
-        """Finish pixel (i, j) of a vector of tiles; in a spread layout it may be beside the neighbouring tiles too."""
-        code, layout, m = self.code, self.layout, self.layout.m
-        rows, cols = pixels_of_places
-        place = self._place(block) + vector
-        if self.buffers.residual is not None:
-            value = value + code.load(self.buffers.residual, block.image, k, layout.plane(i, j) + place)
-        value = code.keep(self.activation.emit(code, value))
-        for col in layout.columns:
-            if col % m != j:
-                continue
-            to = -(col // m)  # the tile whose column `col` this is, counted from the pixel's own
-            row_at = code.load(rows, self.lanes + vector + to)
-            col_at = code.load(cols, self.lanes + vector + to)
-            inside = tir.And(
-                row_at < code.splat(layout.height - i, "int32"), col_at < code.splat(layout.width - col, "int32")
-            )
-            if col < 0:
-                inside = tir.And(inside, col_at >= code.splat(-col, "int32"))
-            kept = tir.Select(inside, value, code.splat(0.0))
-            code.store(self.buffers.result, kept, block.image, k, layout.plane(i, col) + place + to)
+        def at_vector(vector: tir.PrimExpr) -> Store:
+            store = write(vector)
+            residual = buffers.residual and tiles.reader(buffers.residual, block.image, k)(vector)
 
-    def _pixels_of_places(self, block: _Block) -> tuple[tir.Buffer, tir.Buffer]:
-        """First row and column of the tile at each place of a block, and of the vectors before and behind it."""
-        places, layout = (block.length + 2) * self.lanes, self.layout
-        rows = self.ib.allocate("int32", places, name="rows", scope="global")
-        cols = self.ib.allocate("int32", places, name="cols", scope="global")
-        with self.code.loop(places, "place") as i:
-            # Counted from a row of tiles further up, for the division to be one of positive numbers.
-            place = block.number * (self.blocking.vectors * self.lanes) + i - self.lanes + layout.margin
-            above = round_up(layout.margin, layout.cols) - layout.margin
-            row, col = (place + above) // layout.cols, tir.floormod(place + above, layout.cols)
-            first = (layout.margin + above) // layout.cols
-            is_tile = tir.all(row >= first, row < first + layout.grid[0], col < layout.grid[1])
-            rows[i] = tir.Select(is_tile, (row - first) * layout.m, _NOWHERE)
-            cols[i] = tir.Select(is_tile, col * layout.m, _NOWHERE)
-        return rows._buffer, cols._buffer
+            def finish(i: int, j: int, value: tir.PrimExpr) -> None:
+                if residual is not None:
+                    value = value + residual.load(i, j)
+                store(i, j, code.keep(self.activation.emit(code, value)))
 
-    def _clear_margins(self, block: _Block, k: tir.PrimExpr) -> None:
-        layout = self.layout
+            return finish
 
-        def clear(start: int, stop: int, planes: int = layout.planes) -> None:
-            with self.code.loop(planes, "plane") as plane:
-                for place in range(start, stop, self.lanes):
-                    at = plane * layout.stride + place
-                    self.code.store(self.buffers.result, self.code.splat(0.0), block.image, k, at)
-
-        with self.ib.if_scope(block.number == 0):
-            clear(0, layout.margin)
-            self._clear_edge(block, k, layout.margin, [col for col in layout.columns if col < 0])
-        with self.ib.if_scope(block.number == self.blocking.blocks - 1):
-            clear(layout.end, layout.stride)
-            clear(layout.length - layout.margin, layout.length, planes=1)
-            self._clear_edge(block, k, layout.end - 1, [col for col in layout.columns if col >= layout.m])
-
-    def _clear_edge(self, block: _Block, k: tir.PrimExpr, place: int, columns: Sequence[int]) -> None:
-        """What no neighbour writes: the first tile has none to its left, the last place none to its right."""
-        for col in columns:
-            for row in range(self.layout.m):
-                at = [block.image, k, self.layout.plane(row, col) + place]
-                self.ib.emit(tir.BufferStore(self.buffers.result, tir.const(0, "float32"), at))
-
-    def _place(self, block: _Block) -> tir.PrimExpr:
-        """Of the block's first tile."""
-        return self.layout.margin + block.number * (self.blocking.vectors * self.lanes)
+        return at_vector

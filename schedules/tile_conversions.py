@@ -10,8 +10,8 @@ from tvm.tir.ir_builder import IRBuilder
 
 from .tiles import TileLayout
 
-_Copy = Callable[[int, int, tir.PrimExpr, tir.PrimExpr], tir.Stmt]
-"""Copies pixel (row, column) of tile (down, right)."""
+_Copy = Callable[[int, int, tir.PrimExpr, tir.PrimExpr | int, tir.PrimExpr | int], tir.Stmt]
+"""Copies pixel (row, column) of a tile: (down, run, place within the run)."""
 
 
 def to_tiles(data: te.Tensor, layout: TileLayout, offset: tuple[int, int] = (0, 0)) -> te.Tensor:
@@ -42,12 +42,13 @@ def to_tiles(data: te.Tensor, layout: TileLayout, offset: tuple[int, int] = (0, 
         with ib.for_range(0, batch * channels, name="channel", kind="parallel") as i:
             n, c = i // channels, tir.floormod(i, channels)
 
-            def copy(row: int, col: int, ty: tir.PrimExpr, tx: tir.PrimExpr) -> tir.Stmt:
+            def copy(row: int, col: int, ty: tir.PrimExpr, run: tir.PrimExpr | int, x: tir.PrimExpr | int) -> tir.Stmt:
+                tx = run * layout.run + x
                 pixel = image[n, c, ty * layout.m + (row - down), tx * layout.m + (col - right)]
-                return tir.BufferStore(tiles, pixel, [n, c, layout.plane(row, col) + _place(layout, ty, tx)])
+                return tir.BufferStore(tiles, pixel, [n, c, _element(layout, row, col, ty, run, x)])
 
             _clear(ib, tiles, [n, c])
-            _each_pixel(ib, rows, columns, copy)
+            _each_pixel(ib, rows, columns, layout.run, copy)
         return ib.get()
 
     return te.extern([layout.shape(batch, channels)], [data], emit, name="tiles", dtype="float32")
@@ -65,19 +66,22 @@ def from_tiles(tiles: te.Tensor, layout: TileLayout) -> te.Tensor:
         with ib.for_range(0, batch * channels, name="channel", kind="parallel") as i:
             n, c = i // channels, tir.floormod(i, channels)
 
-            def copy(row: int, col: int, ty: tir.PrimExpr, tx: tir.PrimExpr) -> tir.Stmt:
-                pixel = source[n, c, layout.plane(row, col) + _place(layout, ty, tx)]
+            def copy(row: int, col: int, ty: tir.PrimExpr, run: tir.PrimExpr | int, x: tir.PrimExpr | int) -> tir.Stmt:
+                pixel, tx = source[n, c, _element(layout, row, col, ty, run, x)], run * layout.run + x
                 return tir.BufferStore(image, pixel, [n, c, ty * layout.m + row, tx * layout.m + col])
 
-            _each_pixel(ib, rows, columns, copy)
+            _each_pixel(ib, rows, columns, layout.run, copy)
         return ib.get()
 
     shape = (batch, channels, layout.height, layout.width)
     return te.extern([shape], [tiles], emit, name="image", dtype="float32")
 
 
-def _place(layout: TileLayout, ty: tir.PrimExpr, tx: tir.PrimExpr) -> tir.PrimExpr:
-    return layout.margin + ty * layout.cols + tx
+def _element(
+    layout: TileLayout, row: int, col: int, ty: tir.PrimExpr, run: tir.PrimExpr | int, x: tir.PrimExpr | int
+) -> tir.PrimExpr:
+    first = layout.margin + ty * layout.cols + run * layout.run
+    return first * layout.step + layout.plane(row, col) + x
 
 
 def _clear(ib: IRBuilder, tiles: tir.Buffer, channel: Sequence[tir.PrimExpr]) -> None:
@@ -85,22 +89,32 @@ def _clear(ib: IRBuilder, tiles: tir.Buffer, channel: Sequence[tir.PrimExpr]) ->
         ib.emit(tir.BufferStore(tiles, tir.const(0, "float32"), [*channel, place]))
 
 
-def _each_pixel(ib: IRBuilder, rows: Sequence[range], columns: Mapping[int, range], copy: _Copy) -> None:
+def _each_pixel(ib: IRBuilder, rows: Sequence[range], columns: Mapping[int, range], run: int, copy: _Copy) -> None:
     """Copy the pixels (row, col) of the tiles `rows[row]` x `columns[col]`.
 
-    Tiles that have all columns are done column by column in one loop, of which LLVM makes shuffles.
+    Tiles that have all columns are done column by column in one loop for each run, of which LLVM makes shuffles.
     """
     complete = range(max(span.start for span in columns.values()), min(span.stop for span in columns.values()))
+    runs, rest = divmod(complete.stop, run)
+
+    def whole_tiles(row: int, ty: tir.PrimExpr, number: tir.PrimExpr | int, tiles: range) -> None:
+        with ib.for_range(0, len(tiles), name="tx") as x:
+            for col in columns:
+                ib.emit(copy(row, col, ty, number, tiles.start + x))
+
     for row, down in enumerate(rows):
         with ib.for_range(0, len(down), name="ty") as i:
             ty = down.start + i
-            with ib.for_range(0, len(complete), name="tx") as j:
-                for col in columns:
-                    ib.emit(copy(row, col, ty, complete.start + j))
+            if run >= complete.stop:
+                whole_tiles(row, ty, 0, complete)
+            else:
+                with ib.for_range(0, runs, name="run") as number:
+                    whole_tiles(row, ty, number, range(run))
+                whole_tiles(row, ty, runs, range(rest))
             for col, across in columns.items():
                 for tx in across:
                     if tx not in complete:
-                        ib.emit(copy(row, col, ty, tir.const(tx, "int32")))
+                        ib.emit(copy(row, col, ty, *divmod(tx, run)))
 
 
 def _tiles_with(pixel: int, first: int, end: int, m: int) -> range:

@@ -12,6 +12,9 @@ from tvm import tir
 from .targets import STACK_BYTES
 from .winograd import Matrix
 
+LINE = 16
+"""Floats of a line of the caches, by which they are fetched."""
+
 
 class VectorCode:
     """Emits loads, stores and arithmetic on float32 vectors of one length.
@@ -94,6 +97,12 @@ class VectorCode:
                 value = tir.Shuffle(list(vectors), order)
             self.store(buffer, value, *outer, last + piece * self.lanes)
 
+    def shifted(self, first: tir.PrimExpr, second: tir.PrimExpr, count: int) -> tir.PrimExpr:
+        """A vector that begins at element `count` of `first` and goes on in `second`."""
+        if count == 0 or count == self.lanes:
+            return second if count else first
+        return tir.Shuffle([first, second], list(range(count, count + self.lanes)))
+
     def fetch(self, buffer: tir.Buffer, *index: tir.PrimExpr) -> None:
         """Have an element near by when it is read. Outside of a buffer this is harmless."""
         if not self.prefetch:
@@ -107,26 +116,22 @@ class VectorCode:
         *outer, last = index
         return [*outer, tir.Ramp(last, 1, self.lanes) if self.lanes > 1 else last]
 
-    def product(
-        self, matrix: Matrix, operand: Callable[[int], tir.PrimExpr], rows: Sequence[int] | None = None
-    ) -> dict[int, tir.PrimExpr]:
-        """Rows of ``matrix @ operands``, all of them by default.
+    def product(self, matrix: Matrix, operand: Callable[[int], tir.PrimExpr]) -> list[tir.PrimExpr]:
+        """``matrix @ operands``, one for each row.
 
         Rows and columns of Winograd's matrices come in pairs, for the points a and -a: what a pair shares is computed
         once.
         """
         terms = _Terms(self, matrix, operand)
-        wanted = range(len(matrix)) if rows is None else rows
-        result: dict[int, tir.PrimExpr] = {}
-        for r in wanted:
-            if r in result:
-                continue
-            halves = even_odd(matrix[r], matrix[r + 1]) if r + 1 in wanted else None
+        result: list[tir.PrimExpr] = []
+        while len(result) < len(matrix):
+            first, *second = matrix[len(result) : len(result) + 2]
+            halves = even_odd(first, second[0]) if second else None
             if halves is None:
-                result[r] = self.keep(terms.sum(matrix[r]))
+                result.append(self.keep(terms.sum(first)))
             else:
                 even, odd = (self.keep(terms.sum(half)) for half in halves)
-                result[r], result[r + 1] = self.keep(even + odd), self.keep(even - odd)
+                result += [self.keep(even + odd), self.keep(even - odd)]
         return result
 
 

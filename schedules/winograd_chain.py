@@ -18,7 +18,7 @@ from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .epilogues import Activation
 from .strip_plan import ROWS, StripPlan
 from .vector_code import VectorCode
-from .winograd_steps import Weights, WinogradSteps
+from .winograd_steps import Pixels, Weights, WinogradSteps
 
 _Copy = Callable[[VectorCode, tir.PrimExpr, int], None]
 """(code, x, columns): copies the first so many columns of pixels of the tiles in a vector that begins with tile x."""
@@ -159,21 +159,27 @@ class _Kernel:
         code, plan, steps = self.code, self.plan, self.steps[layer]
         slots = {down: code.let(self._slot(row + down)) for down in (-1, 0, 1)}
 
-        def load(c: tir.PrimExpr, vector: tir.PrimExpr, i: int, j: int) -> tir.PrimExpr:
-            plane = self._plane(c, i % plan.m, j % plan.m)
-            return code.load(unit.kept[layer], plane + slots[i // plan.m] + (first + vector + j // plan.m))
+        def reader(c: tir.PrimExpr, vector: tir.PrimExpr) -> Pixels:
+            if layer == 0:
+                self._fetch_row(unit, c, row + 2, first + vector)
+
+            def load(i: int, j: int) -> tir.PrimExpr:
+                plane = self._plane(c, i % plan.m, j % plan.m)
+                return code.load(unit.kept[layer], plane + slots[i // plan.m] + (first + vector + j // plan.m))
+
+            return Pixels(load)
 
         with code.loop(plan.channels[layer], "c") as c:
-            fetch = partial(self._fetch_row, unit, c, row + 2, first) if layer == 0 else None
-            steps.transform_input(c, vectors, partial(load, c), unit.inputs, fetch)
+            steps.transform_input(c, vectors, partial(reader, c), unit.inputs)
         with code.loop(plan.layers[layer].positions, "xi") as xi:
             steps.multiply(xi, vectors, unit.inputs, unit.products)
         with code.loop(plan.channels[layer + 1], "k") as k:
             if layer + 1 < len(plan.layers):
-                store = partial(self._keep, unit, layer, row, first, slots[0], k)
-                steps.transform_output(k, vectors, unit.products, store)
+                keep = partial(self._keep, unit, layer, row, first, slots[0], k)
+                steps.transform_output(k, vectors, unit.products, lambda vector: partial(keep, vector))
             else:
-                steps.transform_output(k, vectors, unit.products, partial(self._line, unit, vectors))
+                line = partial(self._line, unit, vectors)
+                steps.transform_output(k, vectors, unit.products, lambda vector: partial(line, vector))
                 self._write_row(unit, row, first, vectors, k)
 
     def _plane(self, channel: tir.PrimExpr, row: int, col: int) -> tir.PrimExpr:
@@ -245,11 +251,9 @@ class _Kernel:
                 with self.ib.else_scope():
                     self._zero(unit.kept[0], [self._plane(c, i, j) + slot for j in range(plan.m)], 0, plan.width)
 
-    def _fetch_row(
-        self, unit: _Unit, c: tir.PrimExpr, row: tir.PrimExpr, first: tir.PrimExpr, vector: tir.PrimExpr
-    ) -> None:
-        """What the next step reads of the data: by then it would have to wait for memory."""
-        plan, x = self.plan, (unit.left + first + vector) * self.plan.m
+    def _fetch_row(self, unit: _Unit, c: tir.PrimExpr, row: tir.PrimExpr, tile: tir.PrimExpr) -> None:
+        """What the next step reads of the data, from a tile of the strip on: it would have to wait for memory."""
+        plan, x = self.plan, (unit.left + tile) * self.plan.m
         for i in range(plan.m):
             for piece in range(plan.m):
                 self.code.fetch(self.buffers.data, unit.image, c, row * plan.m + i, x + piece * plan.lanes)

@@ -7,7 +7,7 @@ from functools import cache
 
 from .blocking import PARALLEL_BLOCKS, Cpu, WinogradBlocking, winograd_blocking
 from .geometry import ConvGeometry
-from .tiles import TileLayout, tile_layout
+from .tiles import SPREAD, TileLayout, tile_layout
 
 _SKEW = 16
 """Positions of a tile are a line (16 floats) more than their contents apart: at powers of two apart, all n x n of them
@@ -82,7 +82,8 @@ class WinogradPlan:
 def winograd_plan(geometry: ConvGeometry, tile: int, cpu: Cpu) -> WinogradPlan:
     """The plan for a CPU."""
     layout, _ = _layout(geometry, tile, cpu.lanes)
-    blocking = winograd_blocking(layout.vectors, geometry.out_channels, cpu)
+    transformed = (tile + geometry.kernel[0] - 1) ** 2 * (geometry.in_channels + geometry.out_channels)
+    blocking = winograd_blocking(layout.vectors, geometry.out_channels, transformed, cpu)
     return WinogradPlan.of(geometry, tile, cpu.lanes, blocking.vectors, blocking.together)
 
 
@@ -97,4 +98,4 @@ def _layout(geometry: ConvGeometry, tile: int, lanes: int) -> tuple[TileLayout, 
     offset = (geometry.padding[0] - reach, geometry.padding[1] - reach)
     if offset == (0, 0) and (height, width) == (geometry.in_height, geometry.in_width):
         return tile_layout(height, width, tile, reach, lanes), offset
-    return TileLayout(height, width, tile, reach, True, lanes), offset
+    return TileLayout(height, width, tile, reach, SPREAD, lanes), offset

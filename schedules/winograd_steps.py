@@ -8,7 +8,7 @@ winograd.py (Winograd 1980; Lavin and Gray, arXiv 1509.09308); pruning in that d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,16 +16,35 @@ from itertools import chain
 from tvm import tir
 
 from .convolution_buffers import ConvolutionBuffers
-from .vector_code import VectorCode, even_odd
-from .winograd import Matrix, transform
+from .vector_code import LINE, VectorCode
+from .winograd import transform
 from .winograd_plan import WinogradPlan
 
-Load = Callable[[tir.PrimExpr, int, int], tir.PrimExpr]
-"""(first tile of a vector, row, column) -> pixels of its tiles; rows and columns are counted from a tile's first."""
-Fetch = Callable[[tir.PrimExpr], None]
-"""(first tile of a vector)."""
-Store = Callable[[tir.PrimExpr, int, int, tir.PrimExpr], None]
-"""(first tile of a vector, row, column, pixels of its tiles)."""
+
+def _as_loaded(col: int, of: Callable[[int], tir.PrimExpr]) -> tir.PrimExpr:
+    return of(col)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Those of a vector of tiles, and around them. Rows and columns are counted from a tile's first.
+
+    Attributes:
+        load: (row, column) -> vector.
+        align: (column, of) -> what belongs to a column, of which `of` knows, by columns, what was computed of vectors
+            loaded; for layouts where a column beyond the tiles is loaded as that of the vector of tiles beside.
+    """
+
+    load: Callable[[int, int], tir.PrimExpr]
+    align: Callable[[int, Callable[[int], tir.PrimExpr]], tir.PrimExpr] = _as_loaded
+
+
+Store = Callable[[int, int, tir.PrimExpr], None]
+"""(row, column, pixels of a vector of tiles)."""
+Reader = Callable[[tir.PrimExpr], Pixels]
+"""(first tile of a vector) -> how its pixels are read."""
+Writer = Callable[[tir.PrimExpr], Store]
+"""(first tile of a vector) -> how its pixels are written."""
 
 _VALUES_AHEAD = 256
 """Non-zeros from the one that is used to the one that is fetched: in a network weights come from beyond L2."""
@@ -54,31 +73,24 @@ class WinogradSteps:
         self.matrices = transform(plan.layout.m, plan.geometry.kernel[0])
         self.reach = (plan.geometry.kernel[0] - 1) // 2
 
-    def transform_input(
-        self, c: tir.PrimExpr, vectors: int, load: Load, inputs: tir.Buffer, fetch: Fetch | None = None
-    ) -> None:
-        """``V = BT d B`` for one channel.
-
-        Args:
-            fetch: emitted once for every vector; of what is read later, while there is time.
-        """
+    def transform_input(self, c: tir.PrimExpr, vectors: int, reader: Reader, inputs: tir.Buffer) -> None:
+        """``V = BT d B`` for one channel."""
         code, n = self.code, self.matrices.n
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
             target = code.let(c * self.plan.tiles + vector)
-            if fetch is not None:
-                fetch(vector)
+            pixels = reader(vector)
+            columns = [code.product(self.matrices.BT, partial(self._pixel, pixels, v)) for v in range(n)]
+            for u in range(n):
+                row = code.product(self.matrices.BT, partial(self._aligned, pixels, columns, u))
+                for v in range(n):
+                    code.store(inputs, row[v], (u * n + v) * self.plan.input_stride + target)
 
-            def pixel(col: int, row: int) -> tir.PrimExpr:
-                return load(vector, row - self.reach, col - self.reach)
+    def _pixel(self, pixels: Pixels, v: int, u: int) -> tir.PrimExpr:
+        return pixels.load(u - self.reach, v - self.reach)
 
-            # A few rows at a time: all of them would not fit into the registers.
-            for rows in row_groups(self.matrices.BT):
-                columns = [code.product(self.matrices.BT, partial(pixel, j), rows) for j in range(n)]
-                for u in rows:
-                    row = code.product(self.matrices.BT, partial(_entry, columns, u))
-                    for v in range(n):
-                        code.store(inputs, row[v], (u * n + v) * self.plan.input_stride + target)
+    def _aligned(self, pixels: Pixels, columns: Sequence[Sequence[tir.PrimExpr]], u: int, v: int) -> tir.PrimExpr:
+        return pixels.align(v - self.reach, lambda column: columns[column + self.reach][u])
 
     def multiply(self, xi: tir.PrimExpr, vectors: int, inputs: tir.Buffer, products: tir.Buffer) -> None:
         """``M = U V`` at one position: sums in registers, non-zeros outside, vectors inside."""
@@ -95,8 +107,11 @@ class WinogradSteps:
             sums = [code.array(vectors, "sums") for _ in range(together)]
             for one in chain(*sums):
                 code.set(one, code.splat(0.0))
+            self._fetch_next(inputs, base + plan.input_stride, i)
+            # In 64 bits, so that what is added to it becomes part of an address.
+            begin = code.let(tir.Cast("int64", weights.first_value + first * together))
             with code.loop(count, "e") as e:
-                entry = code.let(weights.first_value + (first + e) * together)
+                entry = code.let(begin + tir.Cast("int64", e) * together)
                 code.fetch(buffers.values, entry + _VALUES_AHEAD)
                 for r in range(together):
                     operand = code.let(base + tir.Cast("int32", buffers.indices[entry + r]) * plan.index_unit)
@@ -109,13 +124,19 @@ class WinogradSteps:
                 for t, one in enumerate(sums[r]):
                     code.store(products, one, row + t * code.lanes)
 
-    def transform_output(self, k: tir.PrimExpr, vectors: int, products: tir.Buffer, store: Store) -> None:
+    def _fetch_next(self, inputs: tir.Buffer, base: tir.PrimExpr, bundle: tir.PrimExpr) -> None:
+        """Of the transformed input of the next position, the part of one bundle: into L1, before it is needed."""
+        lines = -(-self.plan.input_stride // (self.plan.bundles * LINE))
+        for line in range(lines):
+            self.code.fetch(inputs, base + (bundle * lines + line) * LINE)
+
+    def transform_output(self, k: tir.PrimExpr, vectors: int, products: tir.Buffer, writer: Writer) -> None:
         """``Y = AT M A`` and the bias, for one filter."""
         code, n, m = self.code, self.matrices.n, self.plan.layout.m
         bias = code.keep(code.splat(self.weights.buffers.bias[self.weights.first_bias + k]))
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
-            source = code.let(k * self.plan.tiles + vector)
+            source, store = code.let(k * self.plan.tiles + vector), writer(vector)
 
             def at_position(v: int, u: int) -> tir.PrimExpr:
                 return code.load(products, (u * n + v) * self.plan.product_stride + source)
@@ -124,19 +145,8 @@ class WinogradSteps:
             for i in range(m):
                 row = code.product(self.matrices.AT, partial(_entry, columns, i))
                 for j in range(m):
-                    store(vector, i, j, row[j] + bias)
+                    store(i, j, row[j] + bias)
 
 
-def _entry(columns: Sequence[Mapping[int, tir.PrimExpr]], row: int, column: int) -> tir.PrimExpr:
+def _entry(columns: Sequence[Sequence[tir.PrimExpr]], row: int, column: int) -> tir.PrimExpr:
     return columns[column][row]
-
-
-def row_groups(matrix: Matrix) -> list[tuple[int, ...]]:
-    """Rows that share sums together, the others alone."""
-    groups: list[tuple[int, ...]] = []
-    row = 0
-    while row < len(matrix):
-        paired = row + 1 < len(matrix) and even_odd(matrix[row], matrix[row + 1]) is not None
-        groups.append((row, row + 1) if paired else (row,))
-        row += len(groups[-1])
-    return groups

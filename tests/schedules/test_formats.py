@@ -437,12 +437,16 @@ def test_winograd_blocks_cover_all_tiles(geometry: ConvGeometry, m: int, lanes: 
 @given(
     vectors=st.integers(1, 5000),
     filters=st.integers(1, 600),
+    transformed=st.integers(32, 70_000),
     registers=st.integers(2, 32),
     lanes=st.sampled_from([1, 4, 8, 16]),
 )
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_blocks_and_bundles_are_evenly_filled(vectors: int, filters: int, registers: int, lanes: int) -> None:
-    blocking = winograd_blocking(vectors, filters, Cpu(lanes=lanes, registers=registers))
+def test_blocks_and_bundles_are_evenly_filled(
+    vectors: int, filters: int, transformed: int, registers: int, lanes: int
+) -> None:
+    blocking = winograd_blocking(vectors, filters, transformed, Cpu(lanes=lanes, registers=registers))
+    assert blocking.vectors * lanes <= 64
     assert blocking.vectors == -(-vectors // blocking.blocks)
     assert blocking.vectors * blocking.together <= registers * 3 // 4
     assert 1 <= blocking.together <= filters

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.tiles import FORMS
 from jointsparse.schedules.winograd_plan import winograd_plan
 from tests.schedules.convolutions import (
     TARGETS,
@@ -43,12 +44,15 @@ def test_direct(use_threads: Callable[[int], None]) -> None:
 
 def test_winograd(use_threads: Callable[[int], None]) -> None:
     seen = _check_many(winograd_case, use_threads)
-    kinds = Counter((case.geometry.kernel, case.tile) for case in seen)
+    kinds = Counter((case.geometry.kernel, case.tile) for case, _ in seen)
     assert len(kinds) == 4
     assert min(kinds.values()) >= 20
+    forms = Counter(winograd_plan(case.geometry, case.tile, cpu_facts(target)).layout.form for case, target in seen)
+    assert set(forms) == set(FORMS)
+    assert min(forms.values()) >= 15
 
 
-def _check_many(draw_case: Callable[..., Case], use_threads: Callable[[int], None]) -> list[Case]:
+def _check_many(draw_case: Callable[..., Case], use_threads: Callable[[int], None]) -> list[tuple[Case, str]]:
     """Draw, build and compare; then see that what was drawn is as varied as it should be."""
     seen: dict[ConvGeometry, tuple[Case, str]] = {}
 
@@ -76,7 +80,7 @@ def _check_many(draw_case: Callable[..., Case], use_threads: Callable[[int], Non
     # Blocks run in parallel from 4 on; with fewer, channels.
     assert sum(number == 1 for number in blocks) >= 10
     assert sum(number >= 4 for number in blocks) >= 5
-    return [case for case, _ in seen.values()]
+    return list(seen.values())
 
 
 def _blocks(case: Case, target: str) -> int:

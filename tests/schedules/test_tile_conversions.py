@@ -10,11 +10,13 @@ from tvm import te
 
 from jointsparse.schedules import operators  # noqa: F401  (readies LLVM)
 from jointsparse.schedules.tile_conversions import from_tiles, to_tiles
-from jointsparse.schedules.tiles import TileLayout
+from jointsparse.schedules.tiles import CHUNKS, FORMS, SHARED, SPREAD, TileLayout
+from tests.schedules.test_tiles import element
 
 LAYOUTS = {
-    "shared": lambda m, halo, lanes: TileLayout(9, 13, m, m, False, lanes),
-    "spread": lambda m, halo, lanes: TileLayout(9, 13, m, halo, True, lanes),
+    SHARED: lambda m, halo, lanes: TileLayout(9, 13, m, m, SHARED, lanes),
+    SPREAD: lambda m, halo, lanes: TileLayout(9, 13, m, halo, SPREAD, lanes),
+    CHUNKS: lambda m, halo, lanes: TileLayout(9, 13, m, m, CHUNKS, lanes),
 }
 
 
@@ -30,7 +32,7 @@ def in_tiles(data: NDArray, layout: TileLayout, offset: tuple[int, int] = (0, 0)
                     y, x = at - offset[0], right * layout.m + col - offset[1]
                     if -layout.halo <= at < bottom and 0 <= y < data.shape[2] and 0 <= x < data.shape[3]:
                         place = layout.margin + down * layout.cols + right
-                        result[:, :, layout.plane(row, col) + place] = data[:, :, y, x]
+                        result[:, :, element(layout, place, row, col)] = data[:, :, y, x]
     return result
 
 
@@ -64,10 +66,10 @@ def test_into_tiles_and_back(kind: str, lanes: int, m: int, halo: int) -> None:
 
 
 @pytest.mark.parametrize("height", [1, 4, 7])
-@pytest.mark.parametrize("width", [2, 4, 17])
-@pytest.mark.parametrize("spread", [False, True], ids=["shared", "spread"])
-def test_sizes(height: int, width: int, spread: bool) -> None:
-    layout, data = TileLayout(height, width, 4, 1 if spread else 4, spread, 4), images(1, 2, height, width)
+@pytest.mark.parametrize("width", [2, 4, 16, 17, 34])
+@pytest.mark.parametrize("form", FORMS)
+def test_sizes(height: int, width: int, form: str) -> None:
+    layout, data = TileLayout(height, width, 4, 1 if form == SPREAD else 4, form, 4), images(1, 2, height, width)
     tiles = convert(data, layout)
     np.testing.assert_array_equal(tiles, in_tiles(data, layout))
     source = te.placeholder(tiles.shape, name="tiles")
@@ -79,7 +81,7 @@ def test_sizes(height: int, width: int, spread: bool) -> None:
 def test_offsets(offset: tuple[int, int], m: int, halo: int) -> None:
     """Beside the layout's image there may be pixels of the data, as far as a filter reaches."""
     data = images(2, 2, 11, 10)
-    layout = TileLayout(9, 13, m, halo, True, 4)
+    layout = TileLayout(9, 13, m, halo, SPREAD, 4)
     np.testing.assert_array_equal(convert(data, layout, offset), in_tiles(data, layout, offset))
 
 

@@ -8,26 +8,38 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointsparse.schedules.tiles import TileLayout, tile_layout
+from jointsparse.schedules.tiles import CHUNKS, FORMS, SHARED, SPREAD, TileLayout, tile_layout
 
 SIZES = st.integers(1, 40)
 MATH = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> TileLayout:
+def layouts(draw: st.DrawFn, forms: tuple[str, ...] = FORMS) -> TileLayout:
     m = draw(st.sampled_from([2, 4]))
-    spread = draw(st.booleans())
-    halo = draw(st.integers(1, 2)) if spread else m
-    return TileLayout(draw(SIZES), draw(SIZES), m, halo, spread, draw(st.sampled_from([1, 4, 8, 16])))
+    form = draw(st.sampled_from(forms))
+    halo = draw(st.integers(1, 2)) if form == SPREAD else m
+    return TileLayout(draw(SIZES), draw(SIZES), m, halo, form, draw(st.sampled_from([1, 4, 8, 16])))
+
+
+in_planes = layouts((SHARED, SPREAD))
 
 
 def tile_place(layout: TileLayout, down: int, right: int) -> int:
     return layout.margin + down * layout.cols + right
 
 
+def element(layout: TileLayout, place: int, row: int, col: int) -> int:
+    """Where pixel (row, col) of the tile at a place is, by the definition in the module's own words."""
+    plane = row * len(layout.columns) + layout.columns.index(col)
+    if layout.form == CHUNKS:
+        vector, lane = divmod(place, layout.lanes)
+        return (vector * layout.planes + plane) * layout.lanes + lane
+    return plane * layout.stride + place
+
+
 def filled(layout: TileLayout) -> np.ndarray:
-    """Numbers of pixels (1 for the first) in a channel, by the definition in the module's own words."""
+    """Numbers of pixels (1 for the first) in a channel."""
     tiles = np.zeros(layout.length, np.int64)
     for down in range(layout.grid[0]):
         for right in range(layout.grid[1]):
@@ -35,13 +47,12 @@ def filled(layout: TileLayout) -> np.ndarray:
                 for col in layout.columns:
                     y, x = down * layout.m + row, right * layout.m + col
                     if y < layout.height and 0 <= x < layout.width:
-                        place = tile_place(layout, down, right)
-                        tiles[layout.plane(row, col) + place] = 1 + y * layout.width + x
+                        tiles[element(layout, tile_place(layout, down, right), row, col)] = 1 + y * layout.width + x
     return tiles
 
 
 @MATH
-@given(layouts())
+@given(in_planes)
 def test_every_tile_reads_its_pixels_and_zeros_around_the_image(layout: TileLayout) -> None:
     tiles = filled(layout)
     reach = layout.halo + layout.m
@@ -59,7 +70,41 @@ def test_every_tile_reads_its_pixels_and_zeros_around_the_image(layout: TileLayo
 
 
 @MATH
+@given(layouts((CHUNKS,)))
+def test_chunks_beside_have_the_pixels_beside(layout: TileLayout) -> None:
+    """Of the vector of tiles beside, or of the first chunk, which is zero: what belongs to the neighbouring tiles."""
+    size, across = layout.planes * layout.lanes, layout.cols // layout.lanes
+    chunks = filled(layout).reshape(-1, size)
+    assert not chunks[0].any()
+    assert len(chunks) == 1 + layout.vectors
+    for down in range(layout.grid[0]):
+        for vector in range(across):
+            own = chunks[1 + down * across + vector].reshape(layout.m, layout.m, layout.lanes)
+            after = chunks[2 + down * across + vector if vector + 1 < across else 0].reshape(own.shape)
+            row = np.concatenate([own, after], axis=2)
+            for lane in range(layout.lanes):
+                y, x = down * layout.m, (vector * layout.lanes + lane + 1) * layout.m
+                number = 1 + y * layout.width + x
+                assert row[0, 0, lane + 1] == (number if x < layout.width else 0)
+
+
+@MATH
 @given(layouts())
+def test_no_two_pixels_share_a_place(layout: TileLayout) -> None:
+    elements = [
+        element(layout, tile_place(layout, down, right), row, col)
+        for down in range(layout.grid[0])
+        for right in range(layout.grid[1])
+        for row in range(layout.m)
+        for col in layout.columns
+    ]
+    assert len(set(elements)) == len(elements)
+    assert min(elements) >= 0
+    assert max(elements) < layout.length
+
+
+@MATH
+@given(in_planes)
 def test_every_pixel_has_one_place_in_a_plane(layout: TileLayout) -> None:
     tiles = filled(layout)[: layout.planes * layout.stride].reshape(layout.planes, layout.stride)
     pixels = np.arange(1, 1 + layout.height * layout.width)
@@ -79,14 +124,10 @@ def test_sizes(layout: TileLayout) -> None:
     down, right = layout.grid
     assert (down - 1) * layout.m < layout.height <= down * layout.m
     assert (right - 1) * layout.m < layout.width <= right * layout.m
-    assert layout.shape(3, 5) == (3, 5, layout.planes * layout.stride + layout.margin)
-    assert layout.planes == layout.m * (layout.m + 2 * layout.halo if layout.spread else layout.m)
+    assert layout.shape(3, 5) == (3, 5, layout.length)
+    assert layout.planes == layout.m * (layout.m + 2 * layout.halo if layout.form == SPREAD else layout.m)
     assert layout.margin % layout.lanes == 0
     assert layout.end == layout.margin + layout.vectors * layout.lanes
-    # Whole vectors, but not a multiple of 1 KiB, which would be 256 elements.
-    assert layout.stride % layout.lanes == 0
-    assert layout.stride % 256
-    assert layout.end <= layout.stride <= layout.end + layout.lanes
     # Vectors hold the last tile, and one fewer would not.
     tiles = tile_place(layout, down - 1, right - 1) + 1 - layout.margin
     assert (layout.vectors - 1) * layout.lanes < down * layout.cols <= layout.vectors * layout.lanes
@@ -94,7 +135,24 @@ def test_sizes(layout: TileLayout) -> None:
 
 
 @MATH
-@given(layouts())
+@given(in_planes)
+def test_sizes_of_planes(layout: TileLayout) -> None:
+    assert layout.length == layout.planes * layout.stride + layout.margin
+    # Whole vectors, but not a multiple of 1 KiB, which would be 256 elements.
+    assert layout.stride % layout.lanes == 0
+    assert layout.stride % 256
+    assert layout.end <= layout.stride <= layout.end + layout.lanes
+
+
+@MATH
+@given(layouts((CHUNKS,)))
+def test_sizes_of_chunks(layout: TileLayout) -> None:
+    assert layout.cols % layout.lanes == 0
+    assert layout.length == (1 + layout.vectors) * layout.planes * layout.lanes
+
+
+@MATH
+@given(in_planes)
 def test_vectors_never_read_beyond_a_channel(layout: TileLayout) -> None:
     """Not even the lanes that are no tile's."""
     reads = [
@@ -107,29 +165,34 @@ def test_vectors_never_read_beyond_a_channel(layout: TileLayout) -> None:
 
 
 @MATH
-@given(layouts())
+@given(in_planes)
 def test_between_planes_there_is_room_for_what_both_have_there(layout: TileLayout) -> None:
     """Zeros before the first row of tiles and behind the last; where it is spread, perhaps pixels."""
     before = layout.margin + layout.locate(-1, layout.columns[0]) - layout.locate(layout.m - 1, layout.columns[0])
     assert before == layout.margin - layout.cols >= 1
     behind = layout.margin + (layout.grid[0] + 1) * layout.cols
-    assert not layout.spread or behind <= layout.stride + before
+    assert layout.form == SHARED or behind <= layout.stride + before
 
 
 @MATH
 @given(SIZES, SIZES, st.sampled_from([2, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 4, 8, 16]))
-def test_spread_where_it_saves_a_quarter(height: int, width: int, m: int, halo: int, lanes: int) -> None:
+def test_the_form_with_the_fewest_vectors_or_nearly(height: int, width: int, m: int, halo: int, lanes: int) -> None:
     layout = tile_layout(height, width, m, halo, lanes)
-    shared = TileLayout(height, width, m, m, False, lanes)
-    spread = TileLayout(height, width, m, halo, True, lanes)
-    assert layout == (spread if 4 * spread.vectors <= 3 * shared.vectors else shared)
+    shared, spread, chunks = (
+        TileLayout(height, width, m, halo if form == SPREAD else m, form, lanes) for form in (SHARED, SPREAD, CHUNKS)
+    )
+    least = min(shared.vectors, spread.vectors)
+    in_planes = spread if 4 * spread.vectors <= 3 * shared.vectors else shared
+    assert layout == (chunks if chunks.vectors <= 1.15 * least else in_planes)
 
 
 def test_examples() -> None:
-    assert not tile_layout(224, 224, 4, 1, 16).spread
-    assert tile_layout(14, 14, 4, 1, 16).spread
-    # Filters of both sizes read the shared layout: no conversion between them.
+    assert tile_layout(224, 224, 4, 1, 16).form == CHUNKS
+    assert tile_layout(28, 28, 4, 1, 16).form == SHARED
+    assert tile_layout(14, 14, 4, 1, 16).form == SPREAD
+    # Filters of both sizes read these layouts: no conversion between them.
     assert tile_layout(56, 56, 2, 1, 8) == tile_layout(56, 56, 2, 2, 8)
+    assert tile_layout(28, 28, 4, 1, 16) == tile_layout(28, 28, 4, 2, 16)
     narrow = tile_layout(14, 14, 4, 1, 16)
-    assert replace(narrow, spread=False, halo=4).vectors == 2
+    assert replace(narrow, form=SHARED, halo=4).vectors == 2
     assert narrow.vectors == 1

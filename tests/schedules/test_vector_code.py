@@ -14,7 +14,6 @@ from tvm import te, tir
 from jointsparse.schedules import operators  # noqa: F401  (readies LLVM)
 from jointsparse.schedules.vector_code import VectorCode, even_odd
 from jointsparse.schedules.winograd import KERNELS, TILES, Matrix, transform
-from jointsparse.schedules.winograd_steps import row_groups
 
 MATRICES = {
     f"{name} of F({m}, {r})": getattr(transform(m, r), name) for m in TILES for r in KERNELS for name in ("AT", "BT")
@@ -105,19 +104,6 @@ def test_products_are_exact(name: str) -> None:
 
 
 @each_matrix
-def test_rows_of_a_product(name: str) -> None:
-    matrix = MATRICES[name]
-    values = numbers(len(matrix[0]))
-    want = exact(matrix, values)
-    groups = [*row_groups(matrix), *[(i,) for i in range(len(matrix))]]
-    assert sorted(i for group in row_groups(matrix) for i in group) == list(range(len(matrix)))
-    for rows in groups:
-        code = Rationals()
-        result = code.product(matrix, code.load_number(values), rows)
-        assert {i: number.value for i, number in result.items()} == {i: want[i] for i in rows}
-
-
-@each_matrix
 def test_an_operand_is_loaded_once_and_pairs_save_sums(name: str) -> None:
     matrix = MATRICES[name]
     code = Rationals()
@@ -160,6 +146,26 @@ def test_fetches_ahead_where_the_target_can(prefetch: bool) -> None:
     np.testing.assert_array_equal(result.numpy(), data)
 
 
+@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
+def test_shifted(lanes: int) -> None:
+    """A vector out of two that follow each other, from any element of the first on."""
+
+    def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
+        code = VectorCode(tvm.tir.ir_builder.create(), lanes)
+        first, second = (code.load(ins[0], i * lanes) for i in (0, 1))
+        for count in range(lanes + 1):
+            code.store(outs[0], code.shifted(first, second, count), count * lanes)
+        return code.ib.get()
+
+    source = te.placeholder((2 * lanes,), name="source")
+    target = te.extern([((lanes + 1) * lanes,)], [source], emit, dtype="float32")
+    function = tvm.build(te.create_schedule(target.op), [source, target], "llvm")
+    data, result = np.arange(2 * lanes, dtype=np.float32), tvm.nd.array(np.zeros((lanes + 1) * lanes, np.float32))
+    function(tvm.nd.array(data), result)
+    want = [np.arange(count, count + lanes) for count in range(lanes + 1)]
+    np.testing.assert_array_equal(result.numpy(), np.concatenate(want))
+
+
 @pytest.mark.parametrize("lanes", [1, 4, 16])
 def test_compiled(lanes: int) -> None:
     """A product of vectors, in a loop, through the array that vectors are kept in."""
@@ -170,7 +176,7 @@ def test_compiled(lanes: int) -> None:
         code = VectorCode(tvm.tir.ir_builder.create(), lanes)
         with code.loop(count, "i") as i:
             place = code.let(i * lanes)
-            for row, value in code.product(matrix, lambda j: code.load(ins[0], tir.const(j), place)).items():
+            for row, value in enumerate(code.product(matrix, lambda j: code.load(ins[0], tir.const(j), place))):
                 code.store(outs[0], value, tir.const(row), place)
         return code.ib.get()
 
