@@ -66,97 +66,93 @@ Coefficients = Mapping[str, Mapping[str, float]]
 
 # Printed by benchmarks/calibrate_costs.py; see there for the layers measured.
 FAMILIES: Mapping[str, Coefficients] = {
-    # Chosen by it against the best: 1.013 times its time on average, 1.39 at worst, within 5 % in 93% of 184 cases.
+    # Chosen by it against the best: 1.011 times its time on average, 1.35 at worst, within 5 % in 92% of 184 cases.
     "avx512": {
-        "dense": {"vectors": 0.213, "outputs": 0.986, "weights": 0.049},  # mean error 11%
-        "dense_1x1": {"vectors": 0.211, "inputs": 0.148, "outputs": 0.692},  # mean error 6%
-        "dense_grouped": {"vectors": 0.155, "outputs": 1.21, "weights": 0.655},  # mean error 10%
-        "depthwise": {"vectors": 0.874, "inputs": 0.667},  # mean error 31%
-        "dense_fc": {"vectors": 0.201, "ragged": 0.198, "far_weights": 0.123},  # mean error 43%
+        "dense": {"vectors": 0.196, "inputs": 0.0887, "outputs": 1.11, "weights": 0.195},  # mean error 11%
+        "dense_1x1": {"vectors": 0.21, "inputs": 0.161, "outputs": 0.741},  # mean error 7%
+        "dense_grouped": {"vectors": 0.148, "outputs": 1.35, "weights": 0.767},  # mean error 12%
+        "depthwise": {"vectors": 1.02, "inputs": 0.673},  # mean error 33%
+        "dense_fc": {"vectors": 0.169, "ragged": 0.199, "far_weights": 0.118},  # mean error 40%
         "direct": {
-            "vectors": 0.227,
-            "touched": 0.144,
+            "vectors": 0.193,
+            "touched": 0.159,
+            "entries": 0.516,
+            "rows": 1.12,
+            "packed": 0.0712,
+            "outputs": 0.0805,
+            "fixed": 1250.0,
+        },  # mean error 15%
+        "direct_1x1": {
+            "vectors": 0.263,
+            "rows": 5.83,
+            "packed": 0.106,
+            "outputs": 0.022,
+            "fixed": 1440.0,
+        },  # mean error 11%
+        "direct_fc": {
+            "vectors": 0.253,
             "entries": 0.178,
-            "rows": 1.08,
-            "packed": 0.0742,
-            "outputs": 0.057,
-            "fixed": 1520.0,
-        },  # mean error 12%
-        "direct_1x1": {
-            "vectors": 0.255,
-            "rows": 7.17,
-            "packed": 0.0868,
-            "outputs": 0.00206,
-            "fixed": 1410.0,
-        },  # mean error 9%
-        "direct_fc": {
-            "vectors": 0.251,
-            "entries": 0.167,
-            "far_entries": 0.062,
-            "rows": 2.47,
-            "packed": 0.845,
-            "fixed": 1630.0,
-        },  # mean error 12%
+            "far_entries": 0.0515,
+            "rows": 2.57,
+            "packed": 0.814,
+            "fixed": 1660.0,
+        },  # mean error 11%
         "winograd_f2": {
-            "vectors": 0.127,
-            "entries": 0.339,
-            "far_entries": 0.122,
-            "rows": 3.54,
-            "inputs": 1.84,
-            "outputs": 0.185,
+            "vectors": 0.182,
+            "entries": 0.155,
+            "far_entries": 0.136,
+            "rows": 3.4,
+            "inputs": 1.72,
+            "outputs": 0.959,
+            "fixed": 1270.0,
         },  # mean error 11%
         "winograd_f4": {
-            "vectors": 0.247,
-            "entries": 0.0947,
-            "far_entries": 0.2,
-            "rows": 7.95,
-            "inputs": 1.83,
-        },  # mean error 16%
+            "vectors": 0.189,
+            "far_entries": 0.272,
+            "rows": 8.39,
+            "inputs": 2.13,
+            "outputs": 0.197,
+        },  # mean error 14%
     },
-    # Chosen by it against the best: 1.006 times its time on average, 1.55 at worst, within 5 % in 96% of 184 cases.
+    # Chosen by it against the best: 1.010 times its time on average, 1.75 at worst, within 5 % in 95% of 184 cases.
     "avx2": {
-        "dense": {"vectors": 0.195, "inputs": 1.97, "outputs": 1.01},  # mean error 20%
-        "dense_1x1": {"vectors": 0.252, "inputs": 0.12, "outputs": 0.454},  # mean error 5%
-        "dense_grouped": {"vectors": 0.214, "outputs": 1.21},  # mean error 27%
-        "depthwise": {"vectors": 0.103, "inputs": 0.702, "outputs": 0.379},  # mean error 25%
-        "dense_fc": {"vectors": 0.0788, "ragged": 0.127, "far_weights": 0.116, "outputs": 22.4},  # mean error 33%
+        "dense": {"vectors": 0.216, "inputs": 0.826, "outputs": 1.05},  # mean error 9%
+        "dense_1x1": {"vectors": 0.304, "outputs": 0.511},  # mean error 10%
+        "dense_grouped": {"vectors": 0.2, "outputs": 1.27},  # mean error 22%
+        "depthwise": {"vectors": 0.2, "inputs": 0.685, "outputs": 0.383},  # mean error 21%
+        "dense_fc": {"vectors": 0.0673, "ragged": 0.12, "far_weights": 0.125, "outputs": 24.5},  # mean error 32%
         "direct": {
-            "vectors": 0.168,
-            "touched": 0.0905,
-            "rows": 0.218,
-            "packed": 0.0462,
-            "outputs": 0.118,
-            "fixed": 521.0,
-        },  # mean error 11%
-        "direct_1x1": {
-            "vectors": 0.173,
-            "rows": 3.64,
-            "packed": 0.0741,
-            "outputs": 0.0568,
-            "fixed": 1190.0,
-        },  # mean error 8%
+            "vectors": 0.134,
+            "touched": 0.134,
+            "entries": 0.284,
+            "rows": 0.291,
+            "packed": 0.0266,
+            "outputs": 0.161,
+        },  # mean error 13%
+        "direct_1x1": {"vectors": 0.185, "rows": 6.17, "outputs": 0.0163, "fixed": 1000.0},  # mean error 9%
         "direct_fc": {
-            "vectors": 0.175,
-            "entries": 0.274,
-            "far_entries": 0.0199,
-            "rows": 1.9,
-            "packed": 0.374,
-            "fixed": 1480.0,
-        },  # mean error 5%
+            "vectors": 0.169,
+            "entries": 0.283,
+            "far_entries": 0.0216,
+            "rows": 1.93,
+            "packed": 0.381,
+            "fixed": 1510.0,
+        },  # mean error 6%
         "winograd_f2": {
-            "vectors": 0.152,
-            "entries": 0.15,
-            "far_entries": 0.0447,
-            "rows": 6.07,
-            "inputs": 0.645,
-        },  # mean error 12%
+            "vectors": 0.168,
+            "entries": 0.00691,
+            "far_entries": 0.193,
+            "rows": 4.67,
+            "inputs": 1.09,
+            "outputs": 0.0164,
+        },  # mean error 15%
         "winograd_f4": {
-            "vectors": 0.153,
-            "far_entries": 0.21,
-            "rows": 3.77,
-            "inputs": 1.25,
-            "outputs": 1.93,
-        },  # mean error 12%
+            "vectors": 0.131,
+            "far_entries": 0.289,
+            "rows": 6.97,
+            "inputs": 1.39,
+            "outputs": 0.241,
+        },  # mean error 16%
     },
 }
 
