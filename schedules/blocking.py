@@ -46,13 +46,14 @@ class WinogradBlocking:
         return cls(vectors, blocks, all_vectors - (blocks - 1) * vectors, together)
 
 
-_TILES = range(32, 65)
+_TILES = 32
 """Of a block. A weight, once loaded, should meet some tiles; but with more, what is transformed at a time, and the
 images around it, leave the caches. Measured from 64 to 512 channels with AVX-512 and AVX2."""
 
+_MOST_TILES = 64
 _TRANSFORMED = 576 * 256
-"""Floats of input and products of a block, 576 KiB, if that is in the range: with few channels weights are few too, and
-meet more tiles."""
+"""Of a block with few channels: floats of input and products, 576 KiB. Weights are few then, and may meet more tiles.
+Measured with 32 channels and AVX-512."""
 
 _TOGETHER = 4
 """Rows of weights. With more it makes no difference."""
@@ -67,7 +68,7 @@ def winograd_blocking(vectors: int, filters: int, transformed: int, cpu: Cpu) ->
         transformed: floats of input and products for each tile.
     """
     sums = cpu.registers * 3 // 4
-    tiles = min(_TILES[-1], max(_TILES[0], _TRANSFORMED // transformed))
+    tiles = min(_MOST_TILES, max(_TILES, _TRANSFORMED // transformed))
     blocks = -(-vectors // max(1, min(tiles // cpu.lanes, sums // 2)))
     length = -(-vectors // blocks)
     bundles = -(-filters // max(1, min(_TOGETHER, sums // length)))

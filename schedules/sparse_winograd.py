@@ -8,6 +8,7 @@ margins of the layout have to be zeroed by whoever writes the image.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import tvm
 from tvm import te, tir
@@ -19,7 +20,7 @@ from .tile_planes import Planes
 from .tiles import CHUNKS
 from .vector_code import VectorCode
 from .winograd_plan import WinogradPlan
-from .winograd_steps import Store, Weights, WinogradSteps, Writer
+from .winograd_steps import Own, Reader, Store, Weights, WinogradSteps, Writer
 
 
 def sparse_winograd(
@@ -46,7 +47,16 @@ def sparse_winograd(
 
 
 _FAR = 1 << 23
-"""Bytes of an image that is likely not to be in L2."""
+"""Bytes of an image that is to be fetched ahead: from a larger L2 than there is, of less it hardly gains anything."""
+
+
+class _Tiles(Protocol):
+    """Some vectors of tiles of a layout; see tile_planes.py and tile_chunks.py."""
+
+    def reader(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Reader: ...
+    def own(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Own: ...
+    def writer(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Writer: ...
+    def clear(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -95,27 +105,35 @@ class _Kernel:
         code, plan, steps, buffers = self.code, self.plan, self.steps, self.buffers
         inputs = self.ib.allocate("float32", plan.positions * plan.input_stride, name="V", scope="global")._buffer
         products = self.ib.allocate("float32", plan.positions * plan.product_stride, name="M", scope="global")._buffer
-        tiles = (Chunks if plan.layout.form == CHUNKS else Planes)(code, plan.layout, block.first, block.length)
-        far = 4 * self.geometry.in_channels * plan.layout.length > _FAR
+        tiles = self._tiles(block)
         with code.loop(self.geometry.in_channels, "c", kind) as c:
-            steps.transform_input(c, block.length, tiles.reader(buffers.data, block.image, c, fetch=far), inputs)
+            steps.transform_input(c, block.length, tiles.reader(buffers.data, block.image, c), inputs)
         with code.loop(plan.positions, "xi", kind) as xi:
             steps.multiply(xi, block.length, inputs, products)
         with code.loop(self.geometry.out_channels, "k", kind) as k:
             tiles.clear(buffers.result, block.image, k)
             steps.transform_output(k, block.length, products, self._writer(tiles, block, k))
 
-    def _writer(self, tiles: Chunks | Planes, block: _Block, k: tir.PrimExpr) -> Writer:
+    def _tiles(self, block: _Block) -> _Tiles:
+        layout = self.plan.layout
+        if layout.form != CHUNKS:
+            return Planes(self.code, layout, block.first, block.length)
+        far = 4 * self.geometry.in_channels * layout.length > _FAR
+        return Chunks(self.code, layout, block.first, block.length, fetch=far)
+
+    def _writer(self, tiles: _Tiles, block: _Block, k: tir.PrimExpr) -> Writer:
         """Of finished pixels of a filter."""
         code, buffers, write = self.code, self.buffers, tiles.writer(self.buffers.result, block.image, k)
 
         def at_vector(vector: tir.PrimExpr) -> Store:
             store = write(vector)
-            residual = buffers.residual and tiles.reader(buffers.residual, block.image, k)(vector)
+            residual = None
+            if buffers.residual is not None:
+                residual = tiles.own(buffers.residual, block.image, k)(vector)
 
             def finish(i: int, j: int, value: tir.PrimExpr) -> None:
                 if residual is not None:
-                    value = value + residual.load(i, j)
+                    value = value + residual(i, j)
                 store(i, j, code.keep(self.activation.emit(code, value)))
 
             return finish

@@ -8,7 +8,7 @@ from tvm import tir
 
 from .tiles import TileLayout
 from .vector_code import LINE, VectorCode
-from .winograd_steps import Pixels, Reader, Store, Writer
+from .winograd_steps import Load, Own, Pixels, Reader, Store, Writer
 
 _AROUND = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
 """Chunks that a vector of tiles reads, by rows of tiles and vectors from its own."""
@@ -20,10 +20,13 @@ class Chunks:
     Args:
         first: first vector, counted from the image's.
         vectors: how many.
+        fetch: whether readers have near by what the vectors behind these will be the first to read.
     """
 
-    def __init__(self, code: VectorCode, layout: TileLayout, first: tir.PrimExpr, vectors: int) -> None:
-        self.code, self.layout, self.first, self.vectors = code, layout, first, vectors
+    def __init__(
+        self, code: VectorCode, layout: TileLayout, first: tir.PrimExpr, vectors: int, *, fetch: bool = False
+    ) -> None:
+        self.code, self.layout, self.first, self.vectors, self.fetch = code, layout, first, vectors, fetch
         self.size = layout.planes * layout.lanes
         self.around = code.ib.allocate("int32", vectors * len(_AROUND), name="around", scope="global")._buffer
         across, (rows, _) = layout.cols // layout.lanes, layout.grid
@@ -36,21 +39,15 @@ class Chunks:
                 place = tir.Select(there, chunk * self.size, tir.const(0, "int32"))
                 code.ib.emit(tir.BufferStore(self.around, place, [t * len(_AROUND) + i]))
 
-    def reader(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr, *, fetch: bool = False) -> Reader:
-        """Of a channel: pixels of a vector's tiles and around them.
-
-        Args:
-            fetch: whether to have near by what the vectors behind these will be the first to read.
-        """
+    def reader(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Reader:
+        """Of a channel: pixels of a vector's tiles and around them."""
         code, layout, lanes = self.code, self.layout, self.layout.lanes
 
         def at_vector(vector: tir.PrimExpr) -> Pixels:
             first = code.let(vector // lanes * len(_AROUND))
             chunks = {key: code.let(self.around.vload([first + i])) for i, key in enumerate(_AROUND)}
-
-            if fetch:
-                next_block = self.first + self.vectors + vector // lanes
-                below = code.let((1 + next_block + layout.cols // lanes) * self.size)
+            if self.fetch:
+                below = self._chunk(vector + (self.vectors * lanes + layout.cols))
                 for element in range(0, self.size, LINE):
                     code.fetch(buffer, image, channel, below + element)
 
@@ -68,6 +65,15 @@ class Chunks:
             return self.code.shifted(of(col), of(col + m), lanes - 1)
         return self.code.shifted(of(col - m), of(col), 1) if col >= m else of(col)
 
+    def own(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Own:
+        """Of a channel: pixels of a vector's tiles."""
+
+        def at_vector(vector: tir.PrimExpr) -> Load:
+            chunk = self._chunk(vector)
+            return lambda i, j: self.code.load(buffer, image, channel, chunk + self.layout.plane(i, j))
+
+        return at_vector
+
     def writer(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Writer:
         """Of a channel: pixels of a vector's tiles, zero where they are not of the image."""
         code, layout, lanes = self.code, self.layout, self.layout.lanes
@@ -75,7 +81,7 @@ class Chunks:
 
         def at_vector(vector: tir.PrimExpr) -> Store:
             number = code.let(self.first + vector // lanes)
-            chunk = code.let((1 + number) * self.size)
+            chunk = self._chunk(vector)
             row, col = code.let(number // across * layout.m), code.let(tir.floormod(number, across) * lanes * layout.m)
 
             def store(i: int, j: int, value: tir.PrimExpr) -> None:
@@ -85,6 +91,10 @@ class Chunks:
             return store
 
         return at_vector
+
+    def _chunk(self, vector: tir.PrimExpr) -> tir.PrimExpr:
+        """Where that of a vector is; the first of all is not of the image."""
+        return self.code.let((1 + self.first + vector // self.layout.lanes) * self.size)
 
     def _inside(self, row: tir.PrimExpr, col: tir.PrimExpr, i: int, j: int, value: tir.PrimExpr) -> tir.PrimExpr:
         """Zero where pixel (i, j) of the tiles whose first is at (row, col) is not of the image."""

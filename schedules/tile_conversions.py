@@ -8,7 +8,7 @@ import tvm
 from tvm import te, tir
 from tvm.tir.ir_builder import IRBuilder
 
-from .tiles import TileLayout
+from .tiles import SPREAD, TileLayout
 
 _Copy = Callable[[int, int, tir.PrimExpr, tir.PrimExpr | int, tir.PrimExpr | int], tir.Stmt]
 """Copies pixel (row, column) of a tile: (down, run, place within the run)."""
@@ -27,6 +27,7 @@ def to_tiles(data: te.Tensor, layout: TileLayout, offset: tuple[int, int] = (0, 
     """
     batch, channels, height, width = (int(s) for s in data.shape)
     down, right = offset
+    assert offset == (0, 0) or layout.form == SPREAD
     reached = (-layout.halo, layout.grid[0] * layout.m + layout.halo)
     rows = [
         _common(_tiles_with(row, *reached, layout.m), _tiles_with(row - down, 0, height, layout.m))

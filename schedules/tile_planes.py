@@ -9,7 +9,7 @@ from tvm import tir
 from .geometry import round_up
 from .tiles import TileLayout
 from .vector_code import VectorCode
-from .winograd_steps import Pixels, Reader, Store, Writer
+from .winograd_steps import Load, Own, Pixels, Reader, Store, Writer
 
 _NOWHERE = 2**30
 """Row or column of a place that is no tile's."""
@@ -44,20 +44,17 @@ class Planes:
             cols[i] = tir.Select(is_tile, col * layout.m, _NOWHERE)
         return rows._buffer, cols._buffer
 
-    def reader(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr, *, fetch: bool = False) -> Reader:
-        """Of a channel: pixels of a vector's tiles and around them.
+    def reader(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Reader:
+        """Of a channel: pixels of a vector's tiles and around them."""
+        own = self.own(buffer, image, channel)
+        return lambda vector: Pixels(own(vector))
 
-        Args:
-            fetch: of no effect: what the vectors behind these will read lies in too many places.
-        """
+    def own(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Own:
+        """Of a channel: pixels of a vector's tiles."""
 
-        def at_vector(vector: tir.PrimExpr) -> Pixels:
+        def at_vector(vector: tir.PrimExpr) -> Load:
             place = self.place + vector
-
-            def load(row: int, col: int) -> tir.PrimExpr:
-                return self.code.load(buffer, image, channel, place + self.layout.locate(row, col))
-
-            return Pixels(load)
+            return lambda row, col: self.code.load(buffer, image, channel, place + self.layout.locate(row, col))
 
         return at_vector
 

@@ -68,7 +68,7 @@ class TileLayout:
 
     @property
     def margin(self) -> int:
-        """Places before the first tile of every plane, and behind the last plane. Those behind a plane are the next
+        """Places before the first tile. In planes: of each, and behind the last one. Those behind a plane are the next
         one's: zeros for both; but where it is spread, pixels beside the image may be kept there (see to_tiles)."""
         if self.form == CHUNKS:
             return self.lanes

@@ -20,6 +20,9 @@ from .vector_code import LINE, VectorCode
 from .winograd import transform
 from .winograd_plan import WinogradPlan
 
+Load = Callable[[int, int], tir.PrimExpr]
+"""(row, column) -> pixels of a vector of tiles; rows and columns are counted from a tile's first."""
+
 
 def _as_loaded(col: int, of: Callable[[int], tir.PrimExpr]) -> tir.PrimExpr:
     return of(col)
@@ -27,18 +30,19 @@ def _as_loaded(col: int, of: Callable[[int], tir.PrimExpr]) -> tir.PrimExpr:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Those of a vector of tiles, and around them. Rows and columns are counted from a tile's first.
+    """Those of a vector of tiles, and around them.
 
     Attributes:
-        load: (row, column) -> vector.
         align: (column, of) -> what belongs to a column, of which `of` knows, by columns, what was computed of vectors
             loaded; for layouts where a column beyond the tiles is loaded as that of the vector of tiles beside.
     """
 
-    load: Callable[[int, int], tir.PrimExpr]
+    load: Load
     align: Callable[[int, Callable[[int], tir.PrimExpr]], tir.PrimExpr] = _as_loaded
 
 
+Own = Callable[[tir.PrimExpr], Load]
+"""(first tile of a vector) -> how the pixels of its tiles are read, and no others."""
 Store = Callable[[int, int, tir.PrimExpr], None]
 """(row, column, pixels of a vector of tiles)."""
 Reader = Callable[[tir.PrimExpr], Pixels]
@@ -125,7 +129,7 @@ class WinogradSteps:
                     code.store(products, one, row + t * code.lanes)
 
     def _fetch_next(self, inputs: tir.Buffer, base: tir.PrimExpr, bundle: tir.PrimExpr) -> None:
-        """Of the transformed input of the next position, the part of one bundle: into L1, before it is needed."""
+        """Of the transformed input of the next position, the part of one bundle: before it is needed."""
         lines = -(-self.plan.input_stride // (self.plan.bundles * LINE))
         for line in range(lines):
             self.code.fetch(inputs, base + (bundle * lines + line) * LINE)

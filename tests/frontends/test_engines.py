@@ -327,7 +327,8 @@ class Runs(nn.Module):
 
 
 def test_operators_that_hold_several_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain_convolutions, "_TRANSFORMS", {True: 99.0, False: 99.0})
+    monkeypatch.setattr(chain_convolutions, "_BEYOND_CACHES", 0)
+    monkeypatch.setattr(chain_convolutions, "_TRANSFORMS", {True: 99.0})
     monkeypatch.setattr(chain_convolutions, "_LEAST_UNITS", 1)
     # Only tiles of one size are chained: F(4x4) for all.
     for family, coefficients in costs.FAMILIES.items():

@@ -49,7 +49,8 @@ def joined(mod: tvm.IRModule) -> tvm.IRModule:
 
 def nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if caches were so small that every image is wide, and there were one thread."""
-    monkeypatch.setattr(chain_convolutions, "_TRANSFORMS", {True: 99.0, False: 99.0})
+    monkeypatch.setattr(chain_convolutions, "_BEYOND_CACHES", 0)
+    monkeypatch.setattr(chain_convolutions, "_TRANSFORMS", {True: 99.0})
     monkeypatch.setattr(chain_convolutions, "_LEAST_UNITS", 1)
 
 
@@ -187,8 +188,9 @@ def test_all_layers_are_in_one_chain_after_another(count: int) -> None:
 
 def test_no_chain_where_it_would_not_pay() -> None:
     assert chained([]) == []
-    assert chained(_links([64] * 4, 56, 56)) == [], "one part, for one thread"
-    assert chained(_links([64] * 4, 128, 66)) == [], "two strips of 16 tiles for 17"
+    assert chained(_links([64] * 4, 256, 256)) == [], "images that are still in a cache"
+    assert chained(_links([64] * 4, 2400, 60)) != []
+    assert chained(_links([64] * 4, 2400, 66)) == [], "two strips of 16 tiles for 17"
     assert chained(_links([512] * 4, 200, 200)) == [], "rows that do not fit"
     assert chained(_links([32] * 3, 720, 1280, products=40.0)) != []
     assert chained(_links([32] * 3, 720, 1280, products=5000.0)) == [], "more is multiplied twice than memory costs"

@@ -455,6 +455,15 @@ def test_blocks_and_bundles_are_evenly_filled(
     assert blocking == WinogradBlocking.of(vectors, blocking.vectors, blocking.together)
 
 
+@pytest.mark.parametrize(
+    ("channels", "lanes", "vectors"), [(8, 16, 4), (32, 16, 4), (64, 16, 2), (512, 16, 2), (16, 8, 6), (64, 8, 4)]
+)
+def test_blocks_of_few_channels_have_more_tiles(channels: int, lanes: int, vectors: int) -> None:
+    geometry = ConvGeometry(1, channels, 192, 192, channels, (3, 3), padding=(1, 1, 1, 1))
+    registers = {8: 16, 16: 32}[lanes]
+    assert winograd_plan(geometry, 4, Cpu(lanes=lanes, registers=registers)).blocking.vectors == vectors
+
+
 @pytest.mark.parametrize("channels", [31, 32, 63, 64, 127, 128, 255, 256, 512])
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 def test_positions_are_not_a_multiple_of_4_kib_apart(channels: int, lanes: int) -> None:

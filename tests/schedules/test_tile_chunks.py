@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import tvm
 from numpy.typing import NDArray
-from tvm import relay
+from tvm import relay, te
 from tvm.contrib import graph_executor
 
 from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
 from jointsparse.passes.keep_tiles import KeepTiles
+from jointsparse.schedules import sparse_winograd
 from jointsparse.schedules.constructors import conv2d_sparse_winograd
+from jointsparse.schedules.convolution_buffers import Arguments
+from jointsparse.schedules.epilogues import Activation
+from jointsparse.schedules.formats import pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.tiles import CHUNKS
@@ -23,6 +27,7 @@ from jointsparse.schedules.winograd import transform
 from jointsparse.schedules.winograd_plan import winograd_plan
 from tests import reference
 from tests.schedules.convolutions import TARGETS, TOLERANCE
+from tests.schedules.tiled import in_tiles, run
 
 CHANNELS = (3, 5, 3)
 
@@ -89,9 +94,54 @@ def test_edges(
     check(layers, tile, target, use_threads)
 
 
+def kernel(geometry: ConvGeometry, tile: int, target: str) -> tuple[list[NDArray], list[te.Tensor], te.Tensor]:
+    """A convolution on tiles by itself: its weights, its inputs, the data first, and its result."""
+    plan = winograd_plan(geometry, tile, cpu_facts(target))
+    rows, filters = pack_winograd(weights(geometry, tile, 0), plan), np.zeros(geometry.out_channels, np.float32)
+    arrays = [rows.values, rows.indices, rows.indptr, rows.filters, filters]
+    data = te.placeholder(plan.layout.shape(geometry.batch, geometry.in_channels), name="data")
+    constants = [te.placeholder(array.shape, str(array.dtype), f"constant{i}") for i, array in enumerate(arrays)]
+    names = ("values", "indices", "indptr", "filters", "bias")
+    arguments = Arguments(data=data, **dict(zip(names, constants, strict=True)))
+    result = sparse_winograd.sparse_winograd(arguments, plan=plan, activation=Activation(), prefetch=True)
+    return arrays, [data, *constants], result
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "blocks"), [(2, 9, 64, 2), (1, 7, 125, 1), (1, 10, 250, 3), (2, 41, 61, 6)]
+)
+def test_zeros_around_the_image(
+    target: str, batch: int, height: int, width: int, blocks: int, use_threads: Callable[[int], None]
+) -> None:
+    """Whatever was there before, in every chunk; blocks in parallel, or steps of one block after the other."""
+    geometry = ConvGeometry(batch, 2, height, width, 3, (3, 3), padding=(1, 1, 1, 1))
+    plan = winograd_plan(geometry, 4, cpu_facts(target))
+    assert plan.layout.form == CHUNKS
+    if plan.layout.lanes == 16:
+        assert batch * plan.blocking.blocks == blocks
+    data = np.random.default_rng(5).standard_normal((batch, 2, height, width)).astype(np.float32)
+    arrays, inputs, output = kernel(geometry, 4, target)
+    use_threads(2)
+    result = run([in_tiles(data, plan.layout), *arrays], inputs, output, target)
+    image = in_tiles(np.ones((batch, 3, height, width)), plan.layout)
+    np.testing.assert_array_equal(result[image == 0], 0)
+    want = in_tiles(reference.winograd(data, weights(geometry, 4, 0), geometry, 4), plan.layout)
+    assert np.abs(result - want).max() < 50 * TOLERANCE[4] * np.abs(want).max()
+
+
 @pytest.mark.parametrize("target", TARGETS[:1])
-def test_an_image_that_is_fetched_ahead(target: str, use_threads: Callable[[int], None]) -> None:
+def test_an_image_that_is_fetched_ahead(
+    target: str, use_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers = geometries(1, 900, 1024, 3)
-    size = 4 * CHANNELS[1] * winograd_plan(layers[1], 4, cpu_facts(target)).layout.length
-    assert size > 16 << 20
+    assert 4 * CHANNELS[1] * winograd_plan(layers[1], 4, cpu_facts(target)).layout.length > sparse_winograd._FAR
     check(layers, 4, target, use_threads)
+    fetches = []
+    for far in (1 << 40, 1 << 20):
+        monkeypatch.setattr(sparse_winograd, "_FAR", far)
+        _, inputs, output = kernel(layers[1], 4, target)
+        function = tvm.build(te.create_schedule(output.op), [*inputs, output], target)
+        fetches.append(function.get_source("ll").count("call void @llvm.prefetch"))
+    chunk = cpu_facts(target).lanes * 4 * 4 // 16
+    assert fetches[1] - fetches[0] in (chunk, 2 * chunk), "its lines, in a block of full length and perhaps the last"

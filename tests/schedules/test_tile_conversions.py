@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tvm
 from numpy.typing import NDArray
 from tvm import te
 
 from jointsparse.schedules import operators  # noqa: F401  (readies LLVM)
 from jointsparse.schedules.tile_conversions import from_tiles, to_tiles
 from jointsparse.schedules.tiles import CHUNKS, FORMS, SHARED, SPREAD, TileLayout
-from tests.schedules.test_tiles import element
+from tests.schedules.tiled import in_tiles, run
 
 LAYOUTS = {
     SHARED: lambda m, halo, lanes: TileLayout(9, 13, m, m, SHARED, lanes),
     SPREAD: lambda m, halo, lanes: TileLayout(9, 13, m, halo, SPREAD, lanes),
     CHUNKS: lambda m, halo, lanes: TileLayout(9, 13, m, m, CHUNKS, lanes),
 }
-
-
-def in_tiles(data: NDArray, layout: TileLayout, offset: tuple[int, int] = (0, 0)) -> NDArray:
-    """From the definition: pixel (row, col) of the data is pixel (row, col) + offset of the layout's image."""
-    result = np.zeros(layout.shape(*data.shape[:2]), data.dtype)
-    bottom = layout.grid[0] * layout.m + layout.halo
-    for down in range(-1, layout.grid[0] + 1):
-        for right in range(layout.grid[1]):
-            for row in range(layout.m):
-                for col in layout.columns:
-                    at = down * layout.m + row
-                    y, x = at - offset[0], right * layout.m + col - offset[1]
-                    if -layout.halo <= at < bottom and 0 <= y < data.shape[2] and 0 <= x < data.shape[3]:
-                        place = layout.margin + down * layout.cols + right
-                        result[:, :, element(layout, place, row, col)] = data[:, :, y, x]
-    return result
-
-
-def run(arrays: list[NDArray], inputs: list[te.Tensor], output: te.Tensor) -> NDArray:
-    """With the result's memory full of something else before."""
-    function = tvm.build(te.create_schedule(output.op), [*inputs, output], "llvm")
-    result = tvm.nd.array(np.full([int(s) for s in output.shape], 77, np.float32))
-    function(*[tvm.nd.array(array) for array in arrays], result)
-    return result.numpy()
 
 
 def convert(data: NDArray, layout: TileLayout, offset: tuple[int, int] = (0, 0)) -> NDArray:

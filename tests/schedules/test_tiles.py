@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointsparse.schedules.tiles import CHUNKS, FORMS, SHARED, SPREAD, TileLayout, tile_layout
+from tests.schedules.tiled import element
 
 SIZES = st.integers(1, 40)
 MATH = settings(max_examples=150, deadline=None, derandomize=True)
@@ -22,20 +23,11 @@ def layouts(draw: st.DrawFn, forms: tuple[str, ...] = FORMS) -> TileLayout:
     return TileLayout(draw(SIZES), draw(SIZES), m, halo, form, draw(st.sampled_from([1, 4, 8, 16])))
 
 
-in_planes = layouts((SHARED, SPREAD))
+IN_PLANES = layouts((SHARED, SPREAD))
 
 
 def tile_place(layout: TileLayout, down: int, right: int) -> int:
     return layout.margin + down * layout.cols + right
-
-
-def element(layout: TileLayout, place: int, row: int, col: int) -> int:
-    """Where pixel (row, col) of the tile at a place is, by the definition in the module's own words."""
-    plane = row * len(layout.columns) + layout.columns.index(col)
-    if layout.form == CHUNKS:
-        vector, lane = divmod(place, layout.lanes)
-        return (vector * layout.planes + plane) * layout.lanes + lane
-    return plane * layout.stride + place
 
 
 def filled(layout: TileLayout) -> np.ndarray:
@@ -52,7 +44,7 @@ def filled(layout: TileLayout) -> np.ndarray:
 
 
 @MATH
-@given(in_planes)
+@given(IN_PLANES)
 def test_every_tile_reads_its_pixels_and_zeros_around_the_image(layout: TileLayout) -> None:
     tiles = filled(layout)
     reach = layout.halo + layout.m
@@ -104,7 +96,7 @@ def test_no_two_pixels_share_a_place(layout: TileLayout) -> None:
 
 
 @MATH
-@given(in_planes)
+@given(IN_PLANES)
 def test_every_pixel_has_one_place_in_a_plane(layout: TileLayout) -> None:
     tiles = filled(layout)[: layout.planes * layout.stride].reshape(layout.planes, layout.stride)
     pixels = np.arange(1, 1 + layout.height * layout.width)
@@ -124,7 +116,6 @@ def test_sizes(layout: TileLayout) -> None:
     down, right = layout.grid
     assert (down - 1) * layout.m < layout.height <= down * layout.m
     assert (right - 1) * layout.m < layout.width <= right * layout.m
-    assert layout.shape(3, 5) == (3, 5, layout.length)
     assert layout.planes == layout.m * (layout.m + 2 * layout.halo if layout.form == SPREAD else layout.m)
     assert layout.margin % layout.lanes == 0
     assert layout.end == layout.margin + layout.vectors * layout.lanes
@@ -135,7 +126,7 @@ def test_sizes(layout: TileLayout) -> None:
 
 
 @MATH
-@given(in_planes)
+@given(IN_PLANES)
 def test_sizes_of_planes(layout: TileLayout) -> None:
     assert layout.length == layout.planes * layout.stride + layout.margin
     # Whole vectors, but not a multiple of 1 KiB, which would be 256 elements.
@@ -152,7 +143,7 @@ def test_sizes_of_chunks(layout: TileLayout) -> None:
 
 
 @MATH
-@given(in_planes)
+@given(IN_PLANES)
 def test_vectors_never_read_beyond_a_channel(layout: TileLayout) -> None:
     """Not even the lanes that are no tile's."""
     reads = [
@@ -165,7 +156,7 @@ def test_vectors_never_read_beyond_a_channel(layout: TileLayout) -> None:
 
 
 @MATH
-@given(in_planes)
+@given(IN_PLANES)
 def test_between_planes_there_is_room_for_what_both_have_there(layout: TileLayout) -> None:
     """Zeros before the first row of tiles and behind the last; where it is spread, perhaps pixels."""
     before = layout.margin + layout.locate(-1, layout.columns[0]) - layout.locate(layout.m - 1, layout.columns[0])
