@@ -20,7 +20,7 @@ from .winograd_plan import WinogradPlan
 _DIRECT_PLAN = ("lanes", "rows", "cols", "channels", "panels", "shifted", "packed")
 """Fields of a DirectPlan among the attributes."""
 
-_CHAINED = ("filters", "kernels", "vectors", "together")
+_CHAINED = ("filters", "kernels", "together")
 """Attributes of a chain that have one number for each layer."""
 
 _ACTIVATIONS = ("activations", "lows", "highs")
@@ -74,7 +74,7 @@ def chain_attributes(
         **asdict(replace(plan.geometry, groups=1)),  # whose filters say by themselves what they read
         "tile": plan.m,
         "lanes": plan.lanes,
-        "vectors": [layer.blocking.vectors for layer in plan.layers],
+        "vectors": plan.layers[0].blocking.vectors,
         "together": [layer.blocking.together for layer in plan.layers],
         "filters": plan.channels[1:],
         "kernels": [layer.geometry.kernel[0] for layer in plan.layers],
@@ -90,8 +90,8 @@ def chain_attributes(
 def strip_plan_of(attrs: tvm.ir.Attrs) -> StripPlan:
     """How a call of the chain computes."""
     geometry, layers = unpack(ConvGeometry, attrs), []
-    tile, lanes = int(attrs["tile"]), int(attrs["lanes"])
-    for filters, kernel, vectors, together in zip(*map(plain, (attrs[name] for name in _CHAINED)), strict=True):
+    tile, lanes, vectors = (int(attrs[name]) for name in ("tile", "lanes", "vectors"))
+    for filters, kernel, together in zip(*map(plain, (attrs[name] for name in _CHAINED)), strict=True):
         geometry = replace(geometry, out_channels=filters, kernel=(kernel, kernel), padding=((kernel - 1) // 2,) * 4)
         layers.append(WinogradPlan.of(geometry, tile, lanes, vectors, together))
         geometry = replace(geometry, in_channels=filters)

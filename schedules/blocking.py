@@ -50,26 +50,16 @@ _TILES = 32
 """Of a block. A weight, once loaded, should meet some tiles; but with more, what is transformed at a time, and the
 images around it, leave the caches. Measured from 64 to 512 channels with AVX-512 and AVX2."""
 
-_MOST_TILES = 64
-_TRANSFORMED = 576 * 256
-"""Of a block with few channels: floats of input and products, 576 KiB. Weights are few then, and may meet more tiles.
-Measured with 32 channels and AVX-512."""
-
 _TOGETHER = 4
 """Rows of weights. With more it makes no difference."""
 
 
 @cache
-def winograd_blocking(vectors: int, filters: int, transformed: int, cpu: Cpu) -> WinogradBlocking:
+def winograd_blocking(vectors: int, filters: int, cpu: Cpu) -> WinogradBlocking:
     """Blocks for an image of so many vectors, and bundles of so many rows, both evenly filled; their sums stay in three
-    quarters of the registers.
-
-    Args:
-        transformed: floats of input and products for each tile.
-    """
+    quarters of the registers."""
     sums = cpu.registers * 3 // 4
-    tiles = min(_MOST_TILES, max(_TILES, _TRANSFORMED // transformed))
-    blocks = -(-vectors // max(1, min(tiles // cpu.lanes, sums // 2)))
+    blocks = -(-vectors // max(1, min(_TILES // cpu.lanes, sums // 2)))
     length = -(-vectors // blocks)
     bundles = -(-filters // max(1, min(_TOGETHER, sums // length)))
     return WinogradBlocking.of(vectors, length, -(-filters // bundles))

@@ -178,5 +178,6 @@ def _can_follow(layers: Sequence[WinogradPlan]) -> bool:
         and (layer.layout.height, layer.layout.width, layer.layout.m, layer.layout.lanes)
         == (first.layout.height, first.layout.width, first.layout.m, first.layout.lanes)
         and (layer.geometry.in_height, layer.geometry.in_width) == (first.layout.height, first.layout.width)
+        and layer.blocking.vectors == first.blocking.vectors
         for layer in layers
     )

@@ -82,8 +82,7 @@ class WinogradPlan:
 def winograd_plan(geometry: ConvGeometry, tile: int, cpu: Cpu) -> WinogradPlan:
     """The plan for a CPU."""
     layout, _ = _layout(geometry, tile, cpu.lanes)
-    transformed = (tile + geometry.kernel[0] - 1) ** 2 * (geometry.in_channels + geometry.out_channels)
-    blocking = winograd_blocking(layout.vectors, geometry.out_channels, transformed, cpu)
+    blocking = winograd_blocking(layout.vectors, geometry.out_channels, cpu)
     return WinogradPlan.of(geometry, tile, cpu.lanes, blocking.vectors, blocking.together)
 
 

@@ -23,7 +23,6 @@ from jointsparse.schedules.operators import WINOGRAD, WINOGRAD_ADD
 from jointsparse.schedules.strip_plan import StripPlan
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.winograd import transform
-from jointsparse.schedules.winograd_plan import winograd_plan
 from tests import reference
 from tests.schedules.convolutions import AVX512, TARGETS, TOLERANCE
 
@@ -185,19 +184,6 @@ def check(chains: Sequence[Chain], target: str) -> None:
         assert error <= 20 * TOLERANCE[chain.m], f"{error:.2e} {chain}"
         error = reference.relative_rms(result, expected)
         assert error <= 2 * TOLERANCE[chain.m], f"{error:.2e} {chain}"
-
-
-@pytest.mark.parametrize("target", [target for target in TARGETS if cpu_facts(target).lanes >= 8])
-def test_layers_with_blocks_of_different_sizes(target: str, use_threads: Callable[[int], None]) -> None:
-    """Of which a strip is no multiple."""
-    activations = ("relu", "leaky", "none")
-    chain = Chain(1, (2, 48, 64, 2), (3,) * 3, 21, 200, 4, 1, activations, True, (0.5, 0.9, 0.5), 7, 1, seed=3)
-    plans = [winograd_plan(geometry, 4, cpu_facts(target)) for geometry in chain.geometries]
-    sizes = {plan.blocking.vectors for plan in plans}
-    assert len(sizes) > 1
-    assert any(7 % size for size in sizes)
-    use_threads(2)
-    check([chain], target)
 
 
 def draw_chain(rng: np.random.Generator, lanes: int, meeting: str) -> Chain:
