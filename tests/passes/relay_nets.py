@@ -16,9 +16,8 @@ from tvm.contrib import graph_executor
 
 from jointsparse.passes import sparsify
 from jointsparse.passes.plan import Plan
+from tests.host import HOST
 from tests.reference import relative_rms
-
-HOST = f"llvm -mcpu={tvm.target.codegen.llvm_get_system_cpu()}"
 
 # fp32 against fp64, relative RMS. F(4x4) loses about a digit; chains of layers accumulate.
 TOLERANCE = {"dense": 5e-6, "spatial": 5e-6, "winograd": 5e-5, "auto": 5e-5}

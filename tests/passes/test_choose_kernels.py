@@ -11,7 +11,7 @@ from jointsparse.passes.choose_kernels import ChooseKernels
 from jointsparse.passes.collect_convolutions import CollectConvolutions
 from jointsparse.passes.layers import Worklist
 from jointsparse.passes.prune_winograd import PruneWinograd
-from tests.passes.relay_nets import HOST
+from tests.host import HOST
 
 
 class Costs:

@@ -11,7 +11,7 @@ from jointsparse.passes.collect_convolutions import CollectConvolutions
 from jointsparse.passes.layers import Worklist
 from jointsparse.schedules.constructors import dense_sparse
 from jointsparse.schedules.geometry import ConvGeometry
-from tests.passes.relay_nets import HOST
+from tests.host import HOST
 
 RNG = np.random.default_rng(0)
 

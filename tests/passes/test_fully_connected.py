@@ -16,7 +16,8 @@ from jointsparse.passes.convolutions import find_convolutions
 from jointsparse.passes.costs import LinearCostModel, break_even_sparsity
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.winograd_pruning import ATTRIBUTE, WinogradPruning, dump
-from tests.passes.relay_nets import HOST, TOLERANCE, build_and_run, check_domain, data, import_torch, in_fp64
+from tests.host import HASWELL, HOST, needs_avx2
+from tests.passes.relay_nets import TOLERANCE, build_and_run, check_domain, data, import_torch, in_fp64
 from tests.reference import relative_rms
 
 SPARSE = "jointsparse.dense_sparse"
@@ -51,11 +52,9 @@ def test_a_head(domain, batch):
     assert [layer.weight_shape for layer in plan] == [(200, 300), (97, 200), (10, 97)]
 
 
-@pytest.mark.parametrize("target", [HOST, "llvm -mcpu=haswell", "llvm"])
+@pytest.mark.parametrize("target", [HOST, pytest.param(HASWELL, marks=needs_avx2), "llvm"])
 @pytest.mark.parametrize("domain", ["spatial", "winograd"])
 def test_convolutions_and_a_head(domain, target):
-    if "haswell" in target and not tvm.target.codegen.target_has_features(["avx2", "fma"], tvm.target.Target(HOST)):
-        pytest.skip("this CPU has no AVX2")
     plan = check_domain(classifier(0.8), (2, 3, 14, 10), domain, target)
     kernel = {"spatial": ["direct"], "winograd": ["winograd_f2", "winograd_f4"]}[domain]
     assert plan.layers[0].kernel in kernel

@@ -14,7 +14,7 @@ from jointsparse.passes.layers import Worklist
 from jointsparse.passes.prune_winograd import PruneWinograd
 from jointsparse.schedules.winograd import transform
 from jointsparse.schedules.winograd_pruning import ATTRIBUTE, WinogradPruning
-from tests.passes.relay_nets import HOST
+from tests.host import HOST
 
 RNG = np.random.default_rng(0)
 PARAMS = {

@@ -12,7 +12,8 @@ from jointsparse.passes.convolutions import find_convolutions
 from jointsparse.passes.layers import Worklist
 from jointsparse.passes.prune_winograd import PruneWinograd
 from jointsparse.passes.rewrite_convolutions import RewriteConvolutions
-from tests.passes.relay_nets import HOST, build_and_run
+from tests.host import HOST
+from tests.passes.relay_nets import build_and_run
 
 RNG = np.random.default_rng(0)
 TARGET = tvm.target.Target(HOST)

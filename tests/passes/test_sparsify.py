@@ -21,9 +21,9 @@ from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.winograd import transform
 from jointsparse.schedules.winograd_pruning import ATTRIBUTE, WinogradPruning, separating_threshold
 from tests import reference
+from tests.host import HASWELL, HOST, needs_avx2
 from tests.passes import networks
 from tests.passes.relay_nets import (
-    HOST,
     TOLERANCE,
     build_and_run,
     check_domain,
@@ -75,12 +75,9 @@ def test_super_resolution(domain):
         assert [layer.kernel in TILE for layer in plan] == [False] + [True] * 8
 
 
-@pytest.mark.parametrize("target", ["llvm", "llvm -mcpu=haswell"])
+@pytest.mark.parametrize("target", ["llvm", pytest.param(HASWELL, marks=needs_avx2)])
 @pytest.mark.parametrize("domain", SPARSE_DOMAINS)
 def test_other_vector_lengths(domain, target):
-    target = tvm.target.Target(target)
-    if "mcpu" in target.attrs and not tvm.target.codegen.target_has_features("avx2", tvm.target.Target(HOST)):
-        pytest.skip("this machine has no AVX2")
     net = prune(settle(nn.Sequential(nn.Conv2d(3, 9, 3, padding=1), nn.ReLU(), nn.Conv2d(9, 7, 5))), 0.7)
     check_domain(net, (1, 3, 19, 23), domain, target)
 

@@ -24,23 +24,6 @@ T = TypeVar("T")
 TOLERANCE = {0: 1e-5, 2: 1e-5, 4: 5e-5}
 """Relative root mean square error by tile size; 0 is direct."""
 
-HASWELL = "llvm -mcpu=haswell"
-AVX512 = "llvm -mcpu=skylake-avx512"
-
-
-def host_has(feature: str) -> bool:
-    return bool(tvm.target.codegen.target_has_features(feature, tvm.target.Target(f"llvm -mcpu={host_cpu()}")))
-
-
-def host_cpu() -> str:
-    return tvm.target.codegen.llvm_get_system_cpu()
-
-
-TARGETS = [
-    target for target, feature in ((HASWELL, "avx2"), (AVX512, "avx512bw"), ("llvm", "sse2")) if host_has(feature)
-] or ["llvm"]
-"""That this machine runs."""
-
 
 @dataclass(frozen=True)
 class Epilogue:

@@ -16,13 +16,11 @@ from jointsparse.schedules.constructors import conv2d_sparse_direct, conv2d_spar
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.winograd import transform
 from tests import reference
-from tests.schedules.convolutions import host_has
 
 LLVM = "llvm"
 SMALL = ConvGeometry(1, 4, 11, 13, 6, (3, 3), padding=(1, 1, 1, 1))
 BOTH = pytest.mark.parametrize("tile", [0, 4], ids=["direct", "winograd"])
 """0 is direct."""
-needs_avx2 = pytest.mark.skipif(not host_has("avx2"), reason="this machine has no AVX2")
 
 
 def weights(geometry: ConvGeometry, tile: int = 0, sparsity: float = 0.8, seed: int = 0) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.winograd_plan import winograd_plan
-from tests.schedules.convolutions import HASWELL
+from tests.host import HASWELL, needs_avx2
 from tests.schedules.libraries import (
     BOTH,
     LLVM,
@@ -27,7 +27,6 @@ from tests.schedules.libraries import (
     data_of,
     expected,
     module,
-    needs_avx2,
     run,
     sparse,
     weights,

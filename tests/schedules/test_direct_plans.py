@@ -19,7 +19,8 @@ from jointsparse.schedules.formats import pack_direct
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.sparse_direct import sparse_direct
 from tests import reference
-from tests.schedules.convolutions import AVX512, HASWELL, TOLERANCE, direct_case, host_has
+from tests.host import AVX512, HASWELL, host_has
+from tests.schedules.convolutions import TOLERANCE, direct_case
 
 TARGETS = [
     (target, lanes)

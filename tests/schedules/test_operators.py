@@ -24,7 +24,7 @@ from jointsparse.schedules.operators import DIRECT, DIRECT_ADD, FROM_TILES, WINO
 from jointsparse.schedules.targets import why_not_target
 from jointsparse.schedules.tiles import tile_layout
 from tests import reference
-from tests.schedules.convolutions import HASWELL
+from tests.host import HASWELL, needs_avx2
 from tests.schedules.libraries import (
     BOTH,
     LLVM,
@@ -35,7 +35,6 @@ from tests.schedules.libraries import (
     expected,
     kernels,
     module,
-    needs_avx2,
     run,
     sparse,
     weights,

@@ -14,8 +14,8 @@ from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.tiles import FORMS
 from jointsparse.schedules.winograd_plan import winograd_plan
+from tests.host import TARGETS
 from tests.schedules.convolutions import (
-    TARGETS,
     Case,
     check,
     direct_case,

@@ -26,7 +26,8 @@ from jointsparse.schedules.tiles import CHUNKS
 from jointsparse.schedules.winograd import transform
 from jointsparse.schedules.winograd_plan import winograd_plan
 from tests import reference
-from tests.schedules.convolutions import TARGETS, TOLERANCE
+from tests.host import TARGETS
+from tests.schedules.convolutions import TOLERANCE
 from tests.schedules.tiled import in_tiles, run
 
 CHANNELS = (3, 5, 3)

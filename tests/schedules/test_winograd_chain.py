@@ -24,7 +24,8 @@ from jointsparse.schedules.strip_plan import StripPlan
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.winograd import transform
 from tests import reference
-from tests.schedules.convolutions import AVX512, TARGETS, TOLERANCE
+from tests.host import AVX512, TARGETS
+from tests.schedules.convolutions import TOLERANCE
 
 MEETINGS = ("above", "below", "equal")
 """How images meet the width of a strip: the chains of one library."""
