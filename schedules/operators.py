@@ -203,7 +203,7 @@ register(
     {"data": "images, NCHW"},
     lambda attrs, data: plain(attrs["shape"]),
     lambda attrs, data: (data[0], data[1], *unpack(PoolGeometry, attrs).out),
-    lambda attrs, inputs, target: max_pool2d(inputs["data"], unpack(PoolGeometry, attrs)),
+    lambda attrs, inputs, target: max_pool2d(inputs["data"], unpack(PoolGeometry, attrs), cpu_facts(target).lanes),
     _as_it_is,
 )
 llvm_workaround.apply()
