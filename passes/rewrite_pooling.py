@@ -14,7 +14,7 @@ from .convolutions import MAIN
 
 @tvm.transform.module_pass(opt_level=0, name="RewritePooling")
 class RewritePooling:
-    """Put ``jointsparse.max_pool2d`` where windows of ``nn.max_pool2d`` overlap; the others are handed back unchanged.
+    """Put ``jointsparse.max_pool2d`` for ``nn.max_pool2d`` of float32 images NCHW; others are handed back unchanged.
 
     Args:
         target: what the module will be built for.
@@ -39,8 +39,7 @@ class _Rewriter(DFPatternCallback):
     def callback(self, pre: relay.Call, post: relay.Call, _: tvm.ir.container.Map) -> relay.Expr:
         attrs = pre.attrs
         pool, strides, dilation = _pair(attrs.pool_size), _pair(attrs.strides), _pair(attrs.dilation)
-        overlapping = pool[0] > strides[0] or pool[1] > strides[1]
-        if attrs.layout != "NCHW" or attrs.out_layout not in ("", "NCHW") or dilation != (1, 1) or not overlapping:
+        if attrs.layout != "NCHW" or attrs.out_layout not in ("", "NCHW") or dilation != (1, 1):
             return post
         shape, out = (_float32_shape(expression) for expression in (pre.args[0], pre))
         if shape is None or out is None:

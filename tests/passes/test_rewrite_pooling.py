@@ -1,4 +1,4 @@
-"""Max pooling by our operator equals TVM's, bit for bit, and only where it pays."""
+"""Max pooling by our operator equals TVM's, bit for bit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_equals_tvms(
     x = np.random.default_rng(0).standard_normal((batch, channels, *size)).astype(np.float32)
     mod = pooling(x.shape, pool_size=pool, strides=strides, padding=padding, ceil_mode=ceil_mode)
     ours = RewritePooling(LLVM)(mod)
-    assert is_ours(ours) == (pool[0] > strides[0] or pool[1] > strides[1])
+    assert is_ours(ours)
     np.testing.assert_array_equal(run(ours, x), run(mod, x))
 
 
@@ -67,9 +67,8 @@ def test_equals_tvms(
         ((1, 8, 8, 2), {"layout": "NHWC"}),
         ((1, 2, 8, 8), {"dilation": (2, 2)}),
         ((1, 2, relay.Any(), 8), {}),
-        ((1, 2, 8, 8), {"strides": (3, 3)}),
     ],
-    ids=["data type", "layout", "dilation", "dynamic", "no overlap"],
+    ids=["data type", "layout", "dilation", "dynamic"],
 )
 def test_the_rest_is_left_alone(shape: tuple, options: dict) -> None:
     mod = pooling(shape, **{"pool_size": (3, 3), "strides": (1, 1), **options})
