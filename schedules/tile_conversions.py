@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import tvm
 from tvm import te, tir
 from tvm.tir.ir_builder import IRBuilder
 
-from .tiles import SPREAD, TileLayout
-
-_Copy = Callable[[int, int, tir.PrimExpr, tir.PrimExpr | int, tir.PrimExpr | int], tir.Stmt]
-"""Copies pixel (row, column) of a tile: (down, run, place within the run)."""
+from .row_code import each_run
+from .row_windows import RowWindows, longest
+from .tiles import CHUNKS, SPREAD, TileLayout
+from .vector_code import VectorCode
 
 
 def to_tiles(data: te.Tensor, layout: TileLayout, offset: tuple[int, int] = (0, 0)) -> te.Tensor:
@@ -28,28 +29,36 @@ def to_tiles(data: te.Tensor, layout: TileLayout, offset: tuple[int, int] = (0, 
     batch, channels, height, width = (int(s) for s in data.shape)
     down, right = offset
     assert offset == (0, 0) or layout.form == SPREAD
-    reached = (-layout.halo, layout.grid[0] * layout.m + layout.halo)
-    rows = [
-        _common(_tiles_with(row, *reached, layout.m), _tiles_with(row - down, 0, height, layout.m))
-        for row in range(layout.m)
-    ]
-    columns = {
-        col: _common(range(layout.grid[1]), _tiles_with(col - right, 0, width, layout.m)) for col in layout.columns
-    }
+    whole, halo = layout.grid[0] * layout.m, layout.halo
+    # Rows of the layout's image: those of data, and if the rest is not cleared before, all of the tiles.
+    rows = range(max(down, -halo), min(down + height, whole + halo))
+    if _has_whole_vectors(layout):
+        rows = range(min(0, rows.start), max(whole, rows.stop))
+    inside = [0 <= row - down < height for row in rows]
+    columns, across = layout.columns, layout.cols if _has_whole_vectors(layout) else layout.grid[1]
+    tiles_of_row = RowWindows(
+        width, columns.start - right, layout.m, len(columns), across, fill=0.0, lanes=layout.lanes
+    )
 
     def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
         (image,), (tiles,) = ins, outs
         ib = tvm.tir.ir_builder.create()
+
+        def emit_row(channel: Sequence[tir.PrimExpr], row: tir.PrimExpr, is_inside: bool) -> None:
+            def load(code: VectorCode, x: tir.PrimExpr) -> tir.PrimExpr:
+                return code.load(image, *channel, row - down, x)
+
+            def store(code: VectorCode, tx: tir.PrimExpr, pixels: Sequence[tir.PrimExpr]) -> None:
+                for col, value in zip(columns, pixels, strict=True):
+                    code.store(tiles, value, *channel, _element(layout, row, col, tx))
+
+            tiles_of_row.emit(ib, load if is_inside else None, store)
+
         with ib.for_range(0, batch * channels, name="channel", kind="parallel") as i:
-            n, c = i // channels, tir.floormod(i, channels)
-
-            def copy(row: int, col: int, ty: tir.PrimExpr, run: tir.PrimExpr | int, x: tir.PrimExpr | int) -> tir.Stmt:
-                tx = run * layout.run + x
-                pixel = image[n, c, ty * layout.m + (row - down), tx * layout.m + (col - right)]
-                return tir.BufferStore(tiles, pixel, [n, c, _element(layout, row, col, ty, run, x)])
-
-            _clear(ib, tiles, [n, c])
-            _each_pixel(ib, rows, columns, layout.run, copy)
+            channel = [i // channels, tir.floormod(i, channels)]
+            _clear_around(VectorCode(ib, layout.lanes), layout, tiles, channel)
+            with ib.for_range(0, len(rows), name="row") as r:
+                each_run(ib, r, inside, partial(emit_row, channel, rows.start + r))
         return ib.get()
 
     return te.extern([layout.shape(batch, channels)], [data], emit, name="tiles", dtype="float32")
@@ -58,71 +67,76 @@ def to_tiles(data: te.Tensor, layout: TileLayout, offset: tuple[int, int] = (0, 
 def from_tiles(tiles: te.Tensor, layout: TileLayout) -> te.Tensor:
     """The images (N, C, height, width) of a tensor in tile layout."""
     batch, channels = (int(s) for s in tiles.shape[:2])
-    rows = [_tiles_with(row, 0, layout.height, layout.m) for row in range(layout.m)]
-    columns = {col: _tiles_with(col, 0, layout.width, layout.m) for col in range(layout.m)}
 
     def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
-        (source,), (image,) = ins, outs
         ib = tvm.tir.ir_builder.create()
         with ib.for_range(0, batch * channels, name="channel", kind="parallel") as i:
-            n, c = i // channels, tir.floormod(i, channels)
-
-            def copy(row: int, col: int, ty: tir.PrimExpr, run: tir.PrimExpr | int, x: tir.PrimExpr | int) -> tir.Stmt:
-                pixel, tx = source[n, c, _element(layout, row, col, ty, run, x)], run * layout.run + x
-                return tir.BufferStore(image, pixel, [n, c, ty * layout.m + row, tx * layout.m + col])
-
-            _each_pixel(ib, rows, columns, layout.run, copy)
+            channel = [i // channels, tir.floormod(i, channels)]
+            with ib.for_range(0, layout.height, name="row") as row:
+                _pixels_of_row(ib, layout, ins[0], outs[0], channel, row)
         return ib.get()
 
     shape = (batch, channels, layout.height, layout.width)
     return te.extern([shape], [tiles], emit, name="image", dtype="float32")
 
 
-def _element(
-    layout: TileLayout, row: int, col: int, ty: tir.PrimExpr, run: tir.PrimExpr | int, x: tir.PrimExpr | int
-) -> tir.PrimExpr:
-    first = layout.margin + ty * layout.cols + run * layout.run
-    return first * layout.step + layout.plane(row, col) + x
+def _pixels_of_row(
+    ib: IRBuilder,
+    layout: TileLayout,
+    tiles: tir.Buffer,
+    image: tir.Buffer,
+    channel: Sequence[tir.PrimExpr],
+    row: tir.PrimExpr,
+) -> None:
+    """Whole vectors of tiles, then whole vectors of pixels up to the row's end; some pixels may be written twice."""
+    by_tiles = VectorCode(ib, longest(layout.lanes, layout.cols))
+    by_pixels = VectorCode(ib, longest(layout.lanes, layout.width) if by_tiles.lanes > 1 else 1)
+
+    def load(col: int, tile: tir.PrimExpr | int) -> tir.PrimExpr:
+        return by_tiles.load(tiles, *channel, _element(layout, row, col, tile))
+
+    vectors, pixels = layout.width // (layout.m * by_tiles.lanes), layout.m * by_tiles.lanes
+    with by_tiles.loop(vectors, "v") as v:
+        columns = [by_tiles.keep(load(col, v * by_tiles.lanes)) for col in range(layout.m)]
+        by_tiles.join_columns(columns, image, *channel, row, v * pixels)
+    behind = range(layout.width - by_pixels.lanes, vectors * pixels - by_pixels.lanes, -by_pixels.lanes)
+    for first in [max(start, 0) for start in reversed(behind)]:
+        found = []
+        for pixel in range(first, first + by_pixels.lanes):
+            tile, col = divmod(pixel, layout.m)
+            place = min(tile // by_tiles.lanes * by_tiles.lanes, layout.cols - by_tiles.lanes)
+            found.append((col, place, tile - place))
+        used = list(dict.fromkeys((col, place) for col, place, _ in found))
+        order = [used.index((col, place)) * by_tiles.lanes + lane for col, place, lane in found]
+        value = load(*used[0]) if by_tiles.lanes == 1 else tir.Shuffle([load(*key) for key in used], order)
+        by_pixels.store(image, value, *channel, row, first)
 
 
-def _clear(ib: IRBuilder, tiles: tir.Buffer, channel: Sequence[tir.PrimExpr]) -> None:
-    with ib.for_range(0, tiles.shape[2], name="place") as place:
-        ib.emit(tir.BufferStore(tiles, tir.const(0, "float32"), [*channel, place]))
+def _element(layout: TileLayout, row: tir.PrimExpr, col: int, tile: tir.PrimExpr | int) -> tir.PrimExpr:
+    """Where pixel (row, col) is, the row counted from the image's, the column from the tile's first; a vector of tiles
+    lies in one chunk."""
+    m, run = layout.m, layout.run if layout.form == CHUNKS else layout.cols
+    down, within = (row + m) // m - 1, tir.floormod(row + m, m)  # the row may be one beyond the image
+    first = layout.margin + down * layout.cols + tile // run * run
+    plane = (within * len(layout.columns) + (col - layout.columns[0])) * layout.stride
+    return first * layout.step + plane + tile % run
 
 
-def _each_pixel(ib: IRBuilder, rows: Sequence[range], columns: Mapping[int, range], run: int, copy: _Copy) -> None:
-    """Copy the pixels (row, col) of the tiles `rows[row]` x `columns[col]`.
-
-    Tiles that have all columns are done column by column in one loop for each run, of which LLVM makes shuffles.
-    """
-    complete = range(max(span.start for span in columns.values()), min(span.stop for span in columns.values()))
-    runs, rest = divmod(complete.stop, run)
-
-    def whole_tiles(row: int, ty: tir.PrimExpr, number: tir.PrimExpr | int, tiles: range) -> None:
-        with ib.for_range(0, len(tiles), name="tx") as x:
-            for col in columns:
-                ib.emit(copy(row, col, ty, number, tiles.start + x))
-
-    for row, down in enumerate(rows):
-        with ib.for_range(0, len(down), name="ty") as i:
-            ty = down.start + i
-            if run >= complete.stop:
-                whole_tiles(row, ty, 0, complete)
-            else:
-                with ib.for_range(0, runs, name="run") as number:
-                    whole_tiles(row, ty, number, range(run))
-                whole_tiles(row, ty, runs, range(rest))
-            for col, across in columns.items():
-                for tx in across:
-                    if tx not in complete:
-                        ib.emit(copy(row, col, ty, *divmod(tx, run)))
+def _has_whole_vectors(layout: TileLayout) -> bool:
+    """Whether rows of tiles are so many that the vectors they fill are not worth clearing."""
+    return layout.grid[0] * layout.cols >= layout.lanes
 
 
-def _tiles_with(pixel: int, first: int, end: int, m: int) -> range:
-    """Tiles t with first <= m t + pixel < end."""
-    return range(-((pixel - first) // m), -((pixel - end) // m))
+def _clear_around(code: VectorCode, layout: TileLayout, tiles: tir.Buffer, channel: Sequence[tir.PrimExpr]) -> None:
+    """Zeros before and behind the whole vectors of tiles."""
 
+    def clear(start: tir.PrimExpr | int, count: int) -> None:
+        with code.loop(count // layout.lanes, "v") as v:
+            code.store(tiles, code.splat(0.0), *channel, start + v * layout.lanes)
 
-def _common(one: range, other: range) -> range:
-    start = max(one.start, other.start)
-    return range(start, max(start, min(one.stop, other.stop)))
+    clear(0, layout.margin * layout.step)
+    if layout.form != CHUNKS:
+        end = layout.margin + layout.grid[0] * layout.cols // layout.lanes * layout.lanes
+        with code.loop(layout.planes, "plane") as plane:
+            # Up to the first tile of the next plane.
+            clear(plane * layout.stride + end, layout.stride - end + layout.margin)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -81,28 +80,3 @@ def test_an_infinite_pixel_is_in_its_windows_only(target: str, pixel: tuple[int,
     data, geometry = images(1, 2, 14, 14), square(14, 3, 1, 1)
     data[:, :, pixel[0], pixel[1]] = np.inf
     np.testing.assert_array_equal(compiled(data, geometry, target), pooled(data, geometry))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("size", [1, 3, 7, 14])
-@pytest.mark.parametrize(("pool", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (2, 2, 1)])
-def test_nothing_is_read_beyond_a_row(target: str, size: int, pool: int, stride: int, padding: int) -> None:
-    """Of every vector that is loaded, first and last element are in one row of the image."""
-    geometry = square(size, pool, stride, padding)
-    source = te.placeholder((1, 1, size, size), name="data")
-    result = max_pool2d(source, geometry, cpu_facts(target).lanes)
-    analyzer, ends = tvm.arith.Analyzer(), []
-
-    def visit(node: tvm.Object) -> None:
-        if isinstance(node, tvm.tir.For):
-            analyzer.bind(node.loop_var, tvm.ir.Range(node.min, node.min + node.extent))
-        if isinstance(node, tvm.tir.BufferLoad) and isinstance(node.indices[-1], tvm.tir.Ramp):
-            ramp = node.indices[-1]
-            ends.append((node.buffer.shape[-1], ramp.base, ramp.base + int(ramp.lanes) - 1))
-
-    tvm.tir.stmt_functor.post_order_visit(result.op.body, visit)
-    image = [(base, end) for width, base, end in ends if int(width) == size]
-    assert image or size == 1
-    for base, end in image:
-        assert analyzer.const_int_bound(base).min_value >= 0
-        assert analyzer.const_int_bound(end).max_value < size

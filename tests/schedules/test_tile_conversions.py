@@ -8,8 +8,10 @@ from numpy.typing import NDArray
 from tvm import te
 
 from jointsparse.schedules import operators  # noqa: F401  (readies LLVM)
+from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.tile_conversions import from_tiles, to_tiles
-from jointsparse.schedules.tiles import CHUNKS, FORMS, SHARED, SPREAD, TileLayout
+from jointsparse.schedules.tiles import CHUNKS, FORMS, SHARED, SPREAD, TileLayout, tile_layout
+from tests.host import TARGETS
 from tests.schedules.tiled import in_tiles, run
 
 LAYOUTS = {
@@ -49,6 +51,22 @@ def test_sizes(height: int, width: int, form: str) -> None:
     np.testing.assert_array_equal(tiles, in_tiles(data, layout))
     source = te.placeholder(tiles.shape, name="tiles")
     np.testing.assert_array_equal(run([tiles], [source], from_tiles(source, layout)), data)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (14, 14), (28, 28), (56, 56), (5, 113), (3, 150)])
+@pytest.mark.parametrize("m", [2, 4])
+def test_layouts_of_a_target(target: str, size: tuple[int, int], m: int) -> None:
+    """Whatever a pixel is, it is in its place only, and what is around the image does not matter for the way back."""
+    layout, data = tile_layout(*size, m, 1, cpu_facts(target).lanes), images(2, 2, *size)
+    data[:, :, size[0] // 2, size[1] // 2], data[:, :, -1, -1] = np.inf, np.nan
+    source = te.placeholder(data.shape, name="data")
+    tiles = run([data], [source], to_tiles(source, layout), target)
+    np.testing.assert_array_equal(tiles, in_tiles(data, layout))
+    around = in_tiles(np.ones_like(data), layout) == 0
+    source = te.placeholder(tiles.shape, name="tiles")
+    back = run([np.where(around, np.float32(np.nan), tiles)], [source], from_tiles(source, layout), target)
+    np.testing.assert_array_equal(back, data)
 
 
 @pytest.mark.parametrize("offset", [(0, 0), (-1, -1), (1, 1), (-2, 3), (3, -2), (-1, 0), (0, 12), (15, 2)])
