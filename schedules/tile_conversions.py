@@ -30,12 +30,12 @@ def to_tiles(data: te.Tensor, layout: TileLayout, offset: tuple[int, int] = (0, 
     down, right = offset
     assert offset == (0, 0) or layout.form == SPREAD
     whole, halo = layout.grid[0] * layout.m, layout.halo
-    # Rows of the layout's image: those of data, and if the rest is not cleared before, all of the tiles.
-    rows = range(max(down, -halo), min(down + height, whole + halo))
-    if _has_whole_vectors(layout):
-        rows = range(min(0, rows.start), max(whole, rows.stop))
+    # Rows of the layout's image: of all tiles, and beyond these as far as there is data.
+    rows = range(min(0, max(down, -halo)), max(whole, min(down + height, whole + halo)))
     inside = [0 <= row - down < height for row in rows]
-    columns, across = layout.columns, layout.cols if _has_whole_vectors(layout) else layout.grid[1]
+    columns = layout.columns
+    # Places without a tile, between two rows: written as well, unless all places are cleared before.
+    across = layout.cols if _has_whole_vectors(layout) else layout.grid[1]
     tiles_of_row = RowWindows(
         width, columns.start - right, layout.m, len(columns), across, fill=0.0, lanes=layout.lanes
     )
@@ -101,15 +101,18 @@ def _pixels_of_row(
         by_tiles.join_columns(columns, image, *channel, row, v * pixels)
     behind = range(layout.width - by_pixels.lanes, vectors * pixels - by_pixels.lanes, -by_pixels.lanes)
     for first in [max(start, 0) for start in reversed(behind)]:
-        found = []
-        for pixel in range(first, first + by_pixels.lanes):
-            tile, col = divmod(pixel, layout.m)
-            place = min(tile // by_tiles.lanes * by_tiles.lanes, layout.cols - by_tiles.lanes)
-            found.append((col, place, tile - place))
-        used = list(dict.fromkeys((col, place) for col, place, _ in found))
-        order = [used.index((col, place)) * by_tiles.lanes + lane for col, place, lane in found]
+        found = [_found(layout, by_tiles.lanes, first + i) for i in range(by_pixels.lanes)]
+        used = list(dict.fromkeys((col, tile) for col, tile, _ in found))
+        order = [used.index((col, tile)) * by_tiles.lanes + lane for col, tile, lane in found]
         value = load(*used[0]) if by_tiles.lanes == 1 else tir.Shuffle([load(*key) for key in used], order)
         by_pixels.store(image, value, *channel, row, first)
+
+
+def _found(layout: TileLayout, lanes: int, pixel: int) -> tuple[int, int, int]:
+    """Of a pixel of a row: its column in its tile, the first tile of the vector that holds it, its lane there."""
+    tile, col = divmod(pixel, layout.m)
+    first = min(tile // lanes * lanes, layout.cols - lanes)
+    return col, first, tile - first
 
 
 def _element(layout: TileLayout, row: tir.PrimExpr, col: int, tile: tir.PrimExpr | int) -> tir.PrimExpr:
@@ -123,7 +126,7 @@ def _element(layout: TileLayout, row: tir.PrimExpr, col: int, tile: tir.PrimExpr
 
 
 def _has_whole_vectors(layout: TileLayout) -> bool:
-    """Whether rows of tiles are so many that the vectors they fill are not worth clearing."""
+    """Whether the rows of tiles fill vectors, which then need no clearing."""
     return layout.grid[0] * layout.cols >= layout.lanes
 
 

@@ -69,12 +69,13 @@ def test_layouts_of_a_target(target: str, size: tuple[int, int], m: int) -> None
     np.testing.assert_array_equal(back, data)
 
 
-@pytest.mark.parametrize("offset", [(0, 0), (-1, -1), (1, 1), (-2, 3), (3, -2), (-1, 0), (0, 12), (15, 2)])
+@pytest.mark.parametrize("offset", [(0, 0), (-1, -1), (1, 1), (-2, 3), (3, -2), (-1, 0), (0, 12), (15, 2), (-13, 0)])
 @pytest.mark.parametrize(("m", "halo"), [(2, 2), (4, 1)])
-def test_offsets(offset: tuple[int, int], m: int, halo: int) -> None:
+@pytest.mark.parametrize("lanes", [4, 16])
+def test_offsets(offset: tuple[int, int], m: int, halo: int, lanes: int) -> None:
     """Beside the layout's image there may be pixels of the data, as far as a filter reaches."""
     data = images(2, 2, 11, 10)
-    layout = TileLayout(9, 13, m, halo, SPREAD, 4)
+    layout = TileLayout(9, 13, m, halo, SPREAD, lanes)
     np.testing.assert_array_equal(convert(data, layout, offset), in_tiles(data, layout, offset))
 
 
