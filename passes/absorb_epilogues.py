@@ -14,8 +14,9 @@ from ..schedules.attributes import winograd_plan_of
 from ..schedules.constructors import into_tiles, out_of_tiles
 from ..schedules.epilogues import RELU, Activation
 from ..schedules.operators import DIRECT, DIRECT_ADD, FROM_TILES, WINOGRAD, WINOGRAD_ADD
+from ..schedules.registration import attributes_of, unpack
 from ..schedules.registration import call as call_of
-from ..schedules.registration import unpack
+from ..schedules.tile_images import ImageEnds
 from .straight_graphs import Rewriter, is_call, rebuilt, rewrite_straight
 
 _ADDING = {DIRECT: DIRECT_ADD, WINOGRAD: WINOGRAD_ADD}
@@ -78,7 +79,7 @@ class _Rewriter(Rewriter):
             if is_call(convolution, WINOGRAD):
                 shape = [int(size) for size in other.checked_type.shape]
                 residual = into_tiles(residual, shape, winograd_plan_of(convolution.attrs).layout)
-            return call_of(_ADDING[convolution.op.name], [*convolution.args, residual], **_attributes(convolution))
+            return call_of(_ADDING[convolution.op.name], [*convolution.args, residual], **attributes_of(convolution))
         return None
 
     def _with_activation(self, call: relay.Call) -> relay.Call | None:
@@ -86,7 +87,7 @@ class _Rewriter(Rewriter):
         convolution = self.open.get(call.args[0]) if activation is not None else None
         if activation is None or convolution is None:
             return None
-        return call_of(convolution.op.name, convolution.args, **{**_attributes(convolution), **asdict(activation)})
+        return call_of(convolution.op.name, convolution.args, **{**attributes_of(convolution), **asdict(activation)})
 
 
 def activation_of(call: relay.Call) -> Activation | None:
@@ -102,13 +103,9 @@ def activation_of(call: relay.Call) -> Activation | None:
 
 def _result(convolution: relay.Call) -> relay.Expr:
     """In NCHW."""
-    if is_call(convolution, DIRECT, DIRECT_ADD):
+    if is_call(convolution, DIRECT, DIRECT_ADD) or unpack(ImageEnds, convolution.attrs).nchw_result:
         return convolution
     return out_of_tiles(convolution, winograd_plan_of(convolution.attrs).layout)
-
-
-def _attributes(call: relay.Call) -> dict[str, object]:
-    return {name: call.attrs[name] for name in call.attrs.keys()}  # noqa: SIM118
 
 
 def _place(call: relay.Call, argument: str) -> int:

@@ -10,6 +10,7 @@ from tvm import relay
 
 from ..schedules.targets import why_not_target
 from ..schedules.winograd import TILES
+from .absorb_conversions import AbsorbConversions
 from .absorb_epilogues import AbsorbEpilogues
 from .bind_parameters import BindParameters
 from .chain_convolutions import ChainConvolutions
@@ -87,6 +88,7 @@ def sparsify(
         AbsorbEpilogues(),
         KeepTiles(),
         ChainConvolutions(),
+        AbsorbConversions(),
         # Phase 5. What lies between them.
         *([] if domain == "dense" else [RewritePooling(device)]),
     ]

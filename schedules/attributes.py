@@ -15,6 +15,7 @@ from .epilogues import Activation
 from .geometry import ConvGeometry
 from .registration import plain, unpack
 from .strip_plan import StripPlan
+from .tile_images import ImageEnds
 from .winograd_plan import WinogradPlan
 
 _DIRECT_PLAN = ("lanes", "rows", "cols", "channels", "panels", "shifted", "packed")
@@ -52,6 +53,7 @@ def winograd_attributes(plan: WinogradPlan) -> dict[str, object]:
         "lanes": plan.layout.lanes,
         "vectors": plan.blocking.vectors,
         "together": plan.blocking.together,
+        **asdict(ImageEnds()),
     }
 
 

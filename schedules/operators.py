@@ -28,6 +28,7 @@ from .sparse_direct import sparse_direct
 from .sparse_winograd import sparse_winograd
 from .targets import cpu_facts, gathers_fast
 from .tile_conversions import from_tiles, to_tiles
+from .tile_images import ImageEnds
 from .tiles import TileLayout
 from .winograd_chain import winograd_chain
 
@@ -57,6 +58,7 @@ def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], targ
         Arguments(**inputs),
         plan=winograd_plan_of(attrs),
         activation=unpack(Activation, attrs),
+        ends=unpack(ImageEnds, attrs),
         prefetch=target.kind.name == "llvm",
     )
 
@@ -96,13 +98,16 @@ def _nchw(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | Non
 
 
 def _winograd_source(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:
-    plan = winograd_plan_of(attrs)
-    return plan.layout.shape(plan.geometry.batch, plan.geometry.in_channels)
+    return unpack(ImageEnds, attrs).data_shape(winograd_plan_of(attrs))
 
 
 def _winograd_result(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
-    plan = winograd_plan_of(attrs)
-    return plan.layout.shape(plan.geometry.batch, plan.geometry.out_channels)
+    return unpack(ImageEnds, attrs).result_shape(winograd_plan_of(attrs))
+
+
+def _winograd_residual(attrs: tvm.ir.Attrs, result: Sequence[int]) -> Sequence[int]:
+    """In tiles, even where the result is not: it is what a convolution has given that reads tiles as well."""
+    return ImageEnds().result_shape(winograd_plan_of(attrs))
 
 
 def _images_in_tiles(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:
@@ -124,12 +129,12 @@ _WEIGHTS = {
 _CONVOLUTION = {"data": "input", **_WEIGHTS, "bias": "of each filter"}
 _WINOGRAD = {"data": "input", **_WEIGHTS, "filters": "filter of each row", "bias": "of each filter"}
 _RESIDUAL = {"residual": "of the shape of the result"}
-_BIAS: dict[str, OtherShape] = {"bias": lambda result: result[1:2]}
-_BIAS_AND_RESIDUAL: dict[str, OtherShape] = {**_BIAS, "residual": lambda result: result}
+_BIAS: dict[str, OtherShape] = {"bias": lambda attrs, result: result[1:2]}
+_RESULT: dict[str, OtherShape] = {"residual": lambda attrs, result: result}
 
 for _name, _arguments, _others in (
     (DIRECT, _CONVOLUTION, _BIAS),
-    (DIRECT_ADD, _CONVOLUTION | _RESIDUAL, _BIAS_AND_RESIDUAL),
+    (DIRECT_ADD, _CONVOLUTION | _RESIDUAL, _BIAS | _RESULT),
 ):
     register(
         _name,
@@ -143,11 +148,11 @@ for _name, _arguments, _others in (
     )
 for _name, _arguments, _others in (
     (WINOGRAD, _WINOGRAD, _BIAS),
-    (WINOGRAD_ADD, _WINOGRAD | _RESIDUAL, _BIAS_AND_RESIDUAL),
+    (WINOGRAD_ADD, _WINOGRAD | _RESIDUAL, {**_BIAS, "residual": _winograd_residual}),
 ):
     register(
         _name,
-        "Sparse Winograd convolution of images in tile layout, bias, residual and activation.",
+        "Sparse Winograd convolution of images in tile layout or NCHW, bias, residual and activation.",
         _arguments,
         _winograd_source,
         _winograd_result,
@@ -157,7 +162,7 @@ for _name, _arguments, _others in (
     )
 for _name, _arguments, _others in (
     (WINOGRAD_CHAIN, _WINOGRAD, {}),
-    (WINOGRAD_CHAIN_ADD, _WINOGRAD | _RESIDUAL, {"residual": lambda result: result}),
+    (WINOGRAD_CHAIN_ADD, _WINOGRAD | _RESIDUAL, _RESULT),
 ):
     register(
         _name,

@@ -25,7 +25,7 @@ Compute = Callable[[tvm.ir.Attrs, Mapping[str, te.Tensor], tvm.target.Target], t
 Schedule = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Schedule]
 DataShape = Callable[[tvm.ir.Attrs, Sequence[int | None]], Sequence[int | None]]
 ResultShape = Callable[[tvm.ir.Attrs, Sequence[int]], Sequence[int]]
-OtherShape = Callable[[Sequence[int]], Sequence[int]]
+OtherShape = Callable[[tvm.ir.Attrs, Sequence[int]], Sequence[int]]
 _Sizes = tuple[int | None, ...]
 _Shapes = tuple[_Sizes, tuple[int, ...]]
 
@@ -50,7 +50,7 @@ def register(
             what is not fixed).
         result_shape: from attributes and shape of the data.
         compute: from attributes and arguments by name.
-        other_shapes: of further arguments that are float32, by name, from the shape of the result.
+        other_shapes: of further arguments that are float32, by name, from attributes and the shape of the result.
         fusable: whether what follows it elementwise becomes part of its schedule.
     """
     relay_op.register(name, description)
@@ -93,6 +93,11 @@ def call(name: str, arguments: Sequence[relay.Expr], **attributes: Any) -> relay
     return relay.Call(relay_op.get(name), list(arguments), tvm.ir.make_node("DictAttrs", **attributes))
 
 
+def attributes_of(call: relay.Call) -> dict[str, Any]:
+    """By name, to make a call like this one."""
+    return {name: call.attrs[name] for name in call.attrs.keys()}  # noqa: SIM118
+
+
 def unpack(kind: type[T], attrs: tvm.ir.Attrs) -> T:
     """The dataclass whose fields are among the attributes, by name."""
     return kind(**{field.name: plain(attrs[field.name]) for field in fields(kind)})  # type: ignore[arg-type]
@@ -127,7 +132,7 @@ def _result_type(
     expected, result = shapes(attrs, _sizes(types[0]))
     _check(name, "data", types[0], expected)
     for place, (argument, shape) in others.items():
-        _check(name, argument, types[place], tuple(shape(result)))
+        _check(name, argument, types[place], tuple(shape(attrs, result)))
     return relay.TensorType(list(result), "float32")
 
 

@@ -16,6 +16,7 @@ from tvm import te, tir
 from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .epilogues import Activation
 from .tile_chunks import Chunks
+from .tile_images import ImageEnds, Images
 from .tile_planes import Planes
 from .tiles import CHUNKS
 from .vector_code import VectorCode
@@ -28,6 +29,7 @@ def sparse_winograd(
     *,
     plan: WinogradPlan,
     activation: Activation,
+    ends: ImageEnds,
     prefetch: bool,
 ) -> te.Tensor:
     """Convolve, add, activate.
@@ -35,14 +37,17 @@ def sparse_winograd(
     Args:
         arguments: data (N, C, length) in the plan's layout, float32; BundledRows of formats.pack_winograd for the plan;
             bias (K,); residual (N, K, length) in the plan's layout.
+        ends: which of data and result are images NCHW instead.
         prefetch: whether code for the target can fetch ahead.
 
     Returns:
         (N, K, length) in the plan's layout, zero around the image.
     """
-    shape = plan.layout.shape(plan.geometry.batch, plan.geometry.out_channels)
     return convolution(
-        "winograd", shape, arguments, lambda buffers: _Kernel(buffers, plan, activation, prefetch).emit()
+        "winograd",
+        ends.result_shape(plan),
+        arguments,
+        lambda buffers: _Kernel(buffers, plan, activation, ends, prefetch).emit(),
     )
 
 
@@ -50,13 +55,18 @@ _FAR = 1 << 23
 """Bytes of an image that is to be fetched ahead: from a larger L2 than there is, of less it hardly gains anything."""
 
 
-class _Tiles(Protocol):
-    """Some vectors of tiles of a layout; see tile_planes.py and tile_chunks.py."""
+class _Images(Protocol):
+    """Some vectors of tiles, wherever their pixels are; see tile_images.py."""
 
     def reader(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Reader: ...
-    def own(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Own: ...
     def writer(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Writer: ...
     def clear(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> None: ...
+
+
+class _Tiles(_Images, Protocol):
+    """In a tile layout; see tile_planes.py and tile_chunks.py."""
+
+    def own(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Own: ...
 
 
 @dataclass(frozen=True)
@@ -71,10 +81,17 @@ class _Block:
 class _Kernel:
     """Emits one convolution."""
 
-    def __init__(self, buffers: ConvolutionBuffers, plan: WinogradPlan, activation: Activation, prefetch: bool) -> None:
+    def __init__(
+        self,
+        buffers: ConvolutionBuffers,
+        plan: WinogradPlan,
+        activation: Activation,
+        ends: ImageEnds,
+        prefetch: bool,
+    ) -> None:
         self.buffers = buffers
         self.plan, self.geometry, self.blocking = plan, plan.geometry, plan.blocking
-        self.activation = activation
+        self.activation, self.ends = activation, ends
         self.ib = tvm.tir.ir_builder.create()
         self.code = VectorCode(self.ib, plan.layout.lanes, prefetch=prefetch)
         self.steps = WinogradSteps(self.code, plan, Weights(buffers))
@@ -106,30 +123,38 @@ class _Kernel:
         inputs = self.ib.allocate("float32", plan.positions * plan.input_stride, name="V", scope="global")._buffer
         products = self.ib.allocate("float32", plan.positions * plan.product_stride, name="M", scope="global")._buffer
         tiles = self._tiles(block)
+        source = self._images(block) if self.ends.nchw_data else tiles
+        target = self._images(block) if self.ends.nchw_result else tiles
         with code.loop(self.geometry.in_channels, "c", kind) as c:
-            steps.transform_input(c, block.length, tiles.reader(buffers.data, block.image, c), inputs)
+            steps.transform_input(c, block.length, source.reader(buffers.data, block.image, c), inputs)
         with code.loop(plan.positions, "xi", kind) as xi:
             steps.multiply(xi, block.length, inputs, products)
         with code.loop(self.geometry.out_channels, "k", kind) as k:
-            tiles.clear(buffers.result, block.image, k)
-            steps.transform_output(k, block.length, products, self._writer(tiles, block, k))
+            target.clear(buffers.result, block.image, k)
+            steps.transform_output(k, block.length, products, self._writer(target, tiles, block.image, k))
 
     def _tiles(self, block: _Block) -> _Tiles:
         layout = self.plan.layout
         if layout.form != CHUNKS:
             return Planes(self.code, layout, block.first, block.length)
-        far = 4 * self.geometry.in_channels * layout.length > _FAR
-        return Chunks(self.code, layout, block.first, block.length, fetch=far)
+        return Chunks(self.code, layout, block.first, block.length, fetch=self._is_far)
 
-    def _writer(self, tiles: _Tiles, block: _Block, k: tir.PrimExpr) -> Writer:
+    def _images(self, block: _Block) -> _Images:
+        return Images(self.code, self.plan.layout, block.first, block.length, fetch=self._is_far)
+
+    @property
+    def _is_far(self) -> bool:
+        return 4 * self.geometry.in_channels * self.plan.layout.length > _FAR
+
+    def _writer(self, target: _Images, tiles: _Tiles, image: tir.PrimExpr, k: tir.PrimExpr) -> Writer:
         """Of finished pixels of a filter."""
-        code, buffers, write = self.code, self.buffers, tiles.writer(self.buffers.result, block.image, k)
+        code, buffers, write = self.code, self.buffers, target.writer(self.buffers.result, image, k)
 
         def at_vector(vector: tir.PrimExpr) -> Store:
             store = write(vector)
             residual = None
             if buffers.residual is not None:
-                residual = tiles.own(buffers.residual, block.image, k)(vector)
+                residual = tiles.own(buffers.residual, image, k)(vector)
 
             def finish(i: int, j: int, value: tir.PrimExpr) -> None:
                 if residual is not None:

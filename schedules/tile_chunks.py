@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 
 from tvm import tir
 
@@ -43,7 +44,7 @@ class Chunks:
         """Of a channel: pixels of a vector's tiles and around them."""
         code, layout, lanes = self.code, self.layout, self.layout.lanes
 
-        def at_vector(vector: tir.PrimExpr) -> Pixels:
+        def at_vector(vector: tir.PrimExpr, reach: int) -> Pixels:
             first = code.let(vector // lanes * len(_AROUND))
             chunks = {key: code.let(self.around.vload([first + i])) for i, key in enumerate(_AROUND)}
             if self.fetch:
@@ -55,15 +56,17 @@ class Chunks:
                 (down, i), (right, j) = divmod(row, layout.m), divmod(col, layout.m)
                 return code.load(buffer, image, channel, chunks[down, right] + layout.plane(i, j))
 
-            return Pixels(load, self._align)
+            return Pixels(load, range(-reach, layout.m + reach), partial(self._columns, reach))
 
         return at_vector
 
-    def _align(self, col: int, of: Callable[[int], tir.PrimExpr]) -> tir.PrimExpr:
+    def _columns(self, reach: int, loaded: Sequence[tir.PrimExpr]) -> list[tir.PrimExpr]:
+        """Columns beyond a tile were loaded as those of the vectors of tiles beside."""
         m, lanes = self.layout.m, self.layout.lanes
-        if col < 0:
-            return self.code.shifted(of(col), of(col + m), lanes - 1)
-        return self.code.shifted(of(col - m), of(col), 1) if col >= m else of(col)
+        left, own, right = loaded[:reach], loaded[reach : reach + m], loaded[reach + m :]
+        before = [self.code.shifted(other, one, lanes - 1) for other, one in zip(left, own[m - reach :], strict=True)]
+        behind = [self.code.shifted(one, other, 1) for one, other in zip(own, right, strict=False)]
+        return [*before, *own, *behind]
 
     def own(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Own:
         """Of a channel: pixels of a vector's tiles."""

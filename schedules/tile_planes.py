@@ -47,7 +47,7 @@ class Planes:
     def reader(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Reader:
         """Of a channel: pixels of a vector's tiles and around them."""
         own = self.own(buffer, image, channel)
-        return lambda vector: Pixels(own(vector))
+        return lambda vector, reach: Pixels(own(vector), range(-reach, self.layout.m + reach))
 
     def own(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Own:
         """Of a channel: pixels of a vector's tiles."""

@@ -81,21 +81,38 @@ class VectorCode:
     def split_columns(self, buffer: tir.Buffer, count: int, *index: tir.PrimExpr) -> list[tir.PrimExpr]:
         """Vectors of every `count`-th element from an index on, one for each remainder."""
         *outer, last = index
-        pieces = [self.load(buffer, *outer, last + i * self.lanes) for i in range(count)]
-        if self.lanes == 1 or count == 1:
-            return pieces
-        return [tir.Shuffle(pieces, list(range(i, count * self.lanes, count))) for i in range(count)]
+        return self.columns([self.load(buffer, *outer, last + i * self.lanes) for i in range(count)])
+
+    def columns(self, pieces: Sequence[tir.PrimExpr]) -> list[tir.PrimExpr]:
+        """Of so many vectors that follow each other, vectors of every so many-th element: a power of two."""
+        if self.lanes == 1 or len(pieces) == 1:
+            return list(pieces)
+        pairs = [self.keep(piece) for piece in pieces]
+        halves = [self._every_second(pairs[i : i + 2]) for i in range(0, len(pairs), 2)]
+        even, odd = (self.columns(half) for half in zip(*halves, strict=True))
+        return [column for pair in zip(even, odd, strict=True) for column in pair]
+
+    def _every_second(self, pair: Sequence[tir.PrimExpr]) -> list[tir.PrimExpr]:
+        """Elements of even places, and of odd ones."""
+        return [tir.Shuffle(list(pair), list(range(first, 2 * self.lanes, 2))) for first in (0, 1)]
+
+    def pieces(self, columns: Sequence[tir.PrimExpr]) -> list[tir.PrimExpr]:
+        """The opposite of `columns`."""
+        if self.lanes == 1 or len(columns) == 1:
+            return list(columns)
+        halves = self.pieces(columns[::2]), self.pieces(columns[1::2])
+        return [piece for pair in zip(*halves, strict=True) for piece in self._in_turn(*map(self.keep, pair))]
+
+    def _in_turn(self, even: tir.PrimExpr, odd: tir.PrimExpr) -> list[tir.PrimExpr]:
+        """Two vectors that follow each other, whose elements come from one and the other."""
+        places = [place // 2 + place % 2 * self.lanes for place in range(2 * self.lanes)]
+        return [tir.Shuffle([even, odd], places[: self.lanes]), tir.Shuffle([even, odd], places[self.lanes :])]
 
     def join_columns(self, vectors: Sequence[tir.PrimExpr], buffer: tir.Buffer, *index: tir.PrimExpr) -> None:
         """The opposite: store first elements, second elements and so on, from an index on."""
         *outer, last = index
-        for piece in range(len(vectors)):
-            value = vectors[piece]
-            if self.lanes > 1:
-                places = range(piece * self.lanes, (piece + 1) * self.lanes)
-                order = [place % len(vectors) * self.lanes + place // len(vectors) for place in places]
-                value = tir.Shuffle(list(vectors), order)
-            self.store(buffer, value, *outer, last + piece * self.lanes)
+        for i, piece in enumerate(self.pieces(vectors)):
+            self.store(buffer, piece, *outer, last + i * self.lanes)
 
     def shifted(self, first: tir.PrimExpr, second: tir.PrimExpr, count: int) -> tir.PrimExpr:
         """A vector that begins at element `count` of `first` and goes on in `second`."""

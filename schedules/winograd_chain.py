@@ -159,7 +159,7 @@ class _Kernel:
         code, plan, steps = self.code, self.plan, self.steps[layer]
         slots = {down: code.let(self._slot(row + down)) for down in (-1, 0, 1)}
 
-        def reader(c: tir.PrimExpr, vector: tir.PrimExpr) -> Pixels:
+        def reader(c: tir.PrimExpr, vector: tir.PrimExpr, reach: int) -> Pixels:
             if layer == 0:
                 self._fetch_row(unit, c, row + 2, first + vector)
 
@@ -167,7 +167,7 @@ class _Kernel:
                 plane = self._plane(c, i % plan.m, j % plan.m)
                 return code.load(unit.kept[layer], plane + slots[i // plan.m] + (first + vector + j // plan.m))
 
-            return Pixels(load)
+            return Pixels(load, range(-reach, plan.m + reach))
 
         with code.loop(plan.channels[layer], "c") as c:
             steps.transform_input(c, vectors, partial(reader, c), unit.inputs)

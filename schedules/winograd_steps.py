@@ -24,29 +24,27 @@ Load = Callable[[int, int], tir.PrimExpr]
 """(row, column) -> pixels of a vector of tiles; rows and columns are counted from a tile's first."""
 
 
-def _as_loaded(col: int, of: Callable[[int], tir.PrimExpr]) -> tir.PrimExpr:
-    return of(col)
-
-
 @dataclass(frozen=True)
 class Pixels:
     """Those of a vector of tiles, and around them.
 
     Attributes:
-        align: (column, of) -> what belongs to a column, of which `of` knows, by columns, what was computed of vectors
-            loaded; for layouts where a column beyond the tiles is loaded as that of the vector of tiles beside.
+        load: (row, number) -> a vector; rows are counted from a tile's first.
+        loaded: the numbers of the vectors of a row: its columns, or what columns can be made of.
+        columns: of a row of what was computed of vectors loaded, the columns.
     """
 
     load: Load
-    align: Callable[[int, Callable[[int], tir.PrimExpr]], tir.PrimExpr] = _as_loaded
+    loaded: range
+    columns: Callable[[Sequence[tir.PrimExpr]], Sequence[tir.PrimExpr]] = list
 
 
 Own = Callable[[tir.PrimExpr], Load]
 """(first tile of a vector) -> how the pixels of its tiles are read, and no others."""
 Store = Callable[[int, int, tir.PrimExpr], None]
 """(row, column, pixels of a vector of tiles)."""
-Reader = Callable[[tir.PrimExpr], Pixels]
-"""(first tile of a vector) -> how its pixels are read."""
+Reader = Callable[[tir.PrimExpr, int], Pixels]
+"""(first tile of a vector, pixels beyond its tiles that are wanted) -> how its pixels are read."""
 Writer = Callable[[tir.PrimExpr], Store]
 """(first tile of a vector) -> how its pixels are written."""
 
@@ -83,18 +81,16 @@ class WinogradSteps:
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
             target = code.let(c * self.plan.tiles + vector)
-            pixels = reader(vector)
-            columns = [code.product(self.matrices.BT, partial(self._pixel, pixels, v)) for v in range(n)]
+            pixels = reader(vector, self.reach)
+            columns = [code.product(self.matrices.BT, partial(self._pixel, pixels, v)) for v in pixels.loaded]
             for u in range(n):
-                row = code.product(self.matrices.BT, partial(self._aligned, pixels, columns, u))
+                of_tiles = pixels.columns([column[u] for column in columns])
+                row = code.product(self.matrices.BT, of_tiles.__getitem__)
                 for v in range(n):
                     code.store(inputs, row[v], (u * n + v) * self.plan.input_stride + target)
 
     def _pixel(self, pixels: Pixels, v: int, u: int) -> tir.PrimExpr:
-        return pixels.load(u - self.reach, v - self.reach)
-
-    def _aligned(self, pixels: Pixels, columns: Sequence[Sequence[tir.PrimExpr]], u: int, v: int) -> tir.PrimExpr:
-        return pixels.align(v - self.reach, lambda column: columns[column + self.reach][u])
+        return pixels.load(u - self.reach, v)
 
     def multiply(self, xi: tir.PrimExpr, vectors: int, inputs: tir.Buffer, products: tir.Buffer) -> None:
         """``M = U V`` at one position: sums in registers, non-zeros outside, vectors inside."""

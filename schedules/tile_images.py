@@ -1,0 +1,213 @@
+"""Reading and writing images NCHW from a kernel that computes their tiles in chunks (see tiles.py).
+
+A row of pixels of a vector of tiles is a few vectors that follow each other. Columns of tiles are every m-th of their
+pixels: they are taken apart after the transform of columns, when fewer rows are left, and put together again to be
+written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from tvm import tir
+
+from .tiles import CHUNKS, TileLayout
+from .vector_code import VectorCode
+from .winograd_plan import WinogradPlan
+from .winograd_steps import Pixels, Reader, Store, Writer
+
+
+def why_not_images(layout: TileLayout) -> str | None:
+    """Why a kernel that computes in this layout cannot read and write images NCHW, or None if it can."""
+    if layout.form != CHUNKS:
+        return "tiles are not in chunks"
+    if layout.lanes < 2 * layout.m:
+        return "vectors are too short"
+    if layout.width % layout.lanes == 0 or (layout.cols == layout.lanes and layout.width % (layout.lanes // 2) == 0):
+        return None
+    return "rows are not whole vectors"
+
+
+@dataclass(frozen=True)
+class ImageEnds:
+    """Which images of a Winograd convolution are NCHW, and not in its tile layout."""
+
+    nchw_data: bool = False
+    nchw_result: bool = False
+
+    def data_shape(self, plan: WinogradPlan) -> tuple[int, ...]:
+        geometry = plan.geometry
+        if self.nchw_data:
+            return geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width
+        return plan.layout.shape(geometry.batch, geometry.in_channels)
+
+    def result_shape(self, plan: WinogradPlan) -> tuple[int, ...]:
+        if self.nchw_result:
+            return plan.geometry.out_shape
+        return plan.layout.shape(plan.geometry.batch, plan.geometry.out_channels)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of a vector of tiles in its image. top, left: its first pixel."""
+
+    top: tir.PrimExpr
+    left: tir.PrimExpr
+
+
+class Images:
+    """Some vectors of tiles of an image.
+
+    Args:
+        layout: in chunks.
+        first: first vector, counted from the image's.
+        vectors: how many.
+        fetch: whether readers have near by what the vectors behind these will be the first to read.
+    """
+
+    def __init__(
+        self, code: VectorCode, layout: TileLayout, first: tir.PrimExpr, vectors: int, *, fetch: bool = False
+    ) -> None:
+        self.code, self.layout, self.first, self.vectors, self.fetch = code, layout, first, vectors, fetch
+        self.across = layout.cols // layout.lanes
+
+    def reader(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Reader:
+        """Of a channel: pixels of a vector's tiles and around them."""
+
+        def at_vector(vector: tir.PrimExpr, reach: int) -> Pixels:
+            if self.fetch:
+                self._fetch(buffer, image, channel, self._place(vector, self.vectors + self.across))
+            place, m = self._place(vector), self.layout.m
+            rows = {i: self._row(place, i) for i in range(-reach, m + reach)}
+            load = partial(self._load, buffer, (image, channel), rows, place)
+            return Pixels(load, range(-1, m + 1), partial(self._columns, reach))
+
+        return at_vector
+
+    def writer(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Writer:
+        """Of a channel: pixels of a vector's tiles, row by row."""
+
+        def at_vector(vector: tir.PrimExpr) -> Store:
+            place = self._place(vector)
+            row: list[tir.PrimExpr] = []
+
+            def store(i: int, j: int, value: tir.PrimExpr) -> None:
+                row.append(value)
+                if len(row) == self.layout.m:
+                    self._write_row(buffer, (image, channel), place, i, row)
+                    row.clear()
+
+            return store
+
+        return at_vector
+
+    def clear(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> None:
+        """There is nothing around an image."""
+
+    def _place(self, vector: tir.PrimExpr, ahead: int = 0) -> _Place:
+        code, layout = self.code, self.layout
+        number = code.let(self.first + vector // layout.lanes + ahead)
+        top = code.let(number // self.across * layout.m)
+        return _Place(top, code.let(tir.floormod(number, self.across) * (layout.lanes * layout.m)))
+
+    def _fetch(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr, place: _Place) -> None:
+        for i in range(self.layout.m):
+            for piece in range(self.layout.m):
+                self.code.fetch(buffer, image, channel, place.top + i, place.left + piece * self.layout.lanes)
+
+    def _row(self, place: _Place, i: int) -> tuple[tir.PrimExpr, tir.PrimExpr | None]:
+        """Row i of a vector's tiles: (the nearest of the image, whether it is that; None: always)."""
+        y, layout = place.top + i, self.layout
+        if 0 <= i < layout.m - (-layout.height % layout.m):
+            return self.code.let(y), None
+        nearest = self.code.let(tir.max(0, tir.min(y, layout.height - 1)))
+        return nearest, nearest == y
+
+    def _load(
+        self,
+        buffer: tir.Buffer,
+        outer: Sequence[tir.PrimExpr],
+        rows: Mapping[int, tuple[tir.PrimExpr, tir.PrimExpr | None]],
+        place: _Place,
+        i: int,
+        piece: int,
+    ) -> tir.PrimExpr:
+        """Pixels of a row, zero where they are not of the image."""
+        code, (y, is_row) = self.code, rows[i]
+        known = self._known_pixels(piece)
+        if known == 0:
+            return code.splat(0.0)
+        if known is None:
+            x = place.left + piece * code.lanes
+            nearest = tir.max(0, tir.min(x, self.layout.width - code.lanes))
+            value, is_column = code.load(buffer, *outer, y, nearest), nearest == x
+            condition = is_column if is_row is None else tir.And(is_row, is_column)
+        else:
+            value, condition = self._load_pixels(buffer, (*outer, y, place.left + piece * code.lanes), known), is_row
+        if condition is None:
+            return value
+        return tir.Select(tir.Broadcast(condition, code.lanes), value, code.splat(0.0))
+
+    def _load_pixels(self, buffer: tir.Buffer, at: Sequence[tir.PrimExpr], pixels: int) -> tir.PrimExpr:
+        """A vector, or half of one and zeros."""
+        if pixels == self.code.lanes:
+            return self.code.load(buffer, *at)
+        half = VectorCode(self.code.ib, pixels)
+        return tir.Shuffle([half.load(buffer, *at), half.splat(0.0)], list(range(self.code.lanes)))
+
+    def _known_pixels(self, piece: int) -> int | None:
+        """How many of a vector of pixels are of the image, in any row; None if that differs from place to place."""
+        layout, lanes = self.layout, self.layout.lanes
+        if self.across == 1:
+            return 0 if piece < 0 else max(0, min(lanes, layout.width - piece * lanes))
+        if 0 <= piece < layout.m and layout.width % (lanes * layout.m) == 0:
+            return lanes
+        return None
+
+    def _columns(self, reach: int, loaded: Sequence[tir.PrimExpr]) -> list[tir.PrimExpr]:
+        code, lanes, m = self.code, self.layout.lanes, self.layout.m
+        left, *pieces, right = loaded
+        own = [code.keep(column) for column in code.columns(pieces)]
+        before = [
+            tir.Shuffle([left, own[col + m]], [lanes + col, *range(lanes, 2 * lanes - 1)]) for col in range(-reach, 0)
+        ]
+        behind = [tir.Shuffle([own[col], right], [*range(1, lanes), lanes + col]) for col in range(reach)]
+        return [*before, *own, *behind]
+
+    def _write_row(
+        self,
+        buffer: tir.Buffer,
+        outer: Sequence[tir.PrimExpr],
+        place: _Place,
+        i: int,
+        columns: Sequence[tir.PrimExpr],
+    ) -> None:
+        code, layout = self.code, self.layout
+        pieces = [code.keep(piece) for piece in code.pieces(columns)]
+        y = place.top + i
+
+        def write() -> None:
+            for number, piece in enumerate(pieces):
+                self._write(buffer, (*outer, y), place.left + number * code.lanes, number, piece)
+
+        if i < layout.m - (-layout.height % layout.m):
+            write()
+            return
+        with code.ib.if_scope(y < layout.height):
+            write()
+
+    def _write(
+        self, buffer: tir.Buffer, outer: Sequence[tir.PrimExpr], x: tir.PrimExpr, number: int, piece: tir.PrimExpr
+    ) -> None:
+        """A vector of pixels, as far as it is of the image."""
+        code, known = self.code, self._known_pixels(number)
+        if known is None:
+            with code.ib.if_scope(x < self.layout.width):
+                code.store(buffer, piece, *outer, x)
+        elif known == code.lanes:
+            code.store(buffer, piece, *outer, x)
+        elif known:
+            half = VectorCode(code.ib, known)
+            half.store(buffer, tir.Shuffle([piece], list(range(known))), *outer, x)
