@@ -33,7 +33,7 @@ class _Rewriter(Rewriter):
     def call(self, call: relay.Call) -> relay.Expr | None:
         if is_call(call, FROM_TILES) and self.uses[call.args[0]] == 1 and is_call(call.args[0], *_WINOGRAD):
             convolution = self.value(call.args[0])
-            if why_not_images(winograd_plan_of(convolution.attrs).layout) is None:
+            if why_not_images(winograd_plan_of(convolution.attrs)) is None:
                 return _with_ends(convolution, nchw_result=True)
         value = super().call(call)
         if is_call(value, *_WINOGRAD) and self._is_converted_alone(call):
@@ -46,7 +46,7 @@ class _Rewriter(Rewriter):
         data = convolution.args[0]
         if not is_call(data, TO_TILES) or self.uses[data] != 1 or plain(data.attrs["offset"]) != (0, 0):
             return False
-        return why_not_images(winograd_plan_of(convolution.attrs).layout) is None
+        return why_not_images(winograd_plan_of(convolution.attrs)) is None
 
 
 def _with_ends(convolution: relay.Call, data: relay.Expr | None = None, **changes: bool) -> relay.Call:

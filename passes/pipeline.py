@@ -13,7 +13,6 @@ from ..schedules.winograd import TILES
 from .absorb_conversions import AbsorbConversions
 from .absorb_epilogues import AbsorbEpilogues
 from .bind_parameters import BindParameters
-from .chain_convolutions import ChainConvolutions
 from .choose_kernels import DOMAINS, ChooseKernels
 from .collect_convolutions import CollectConvolutions
 from .convolutions import MAIN
@@ -87,7 +86,6 @@ def sparsify(
         relay.transform.FoldConstant(),
         AbsorbEpilogues(),
         KeepTiles(),
-        ChainConvolutions(),
         AbsorbConversions(),
         # Phase 5. What lies between them.
         *([] if domain == "dense" else [RewritePooling(device)]),

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from .direct_plan import DirectPlan
 from .geometry import ConvGeometry
 from .sparse_dense import DensePlan, image_block
-from .strip_plan import StripPlan
 from .winograd_plan import WinogradPlan
 
 _MOST = 2**31 - 1
@@ -60,17 +59,6 @@ def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:
         "result in tiles": math.prod(plan.layout.shape(geometry.batch, geometry.out_channels)),
         "transformed input": plan.positions * plan.input_stride,
         "products": plan.positions * plan.product_stride,
-    }
-
-
-def chain_buffers(plan: StripPlan) -> dict[str, int]:
-    """Elements of what a chain of Winograd convolutions keeps, between and in its weights, which are those of all its
-    layers; what it reads and writes is that of the first and the last by themselves."""
-    return {
-        "weights in bundles": sum(map(_in_bundles, plan.layers)),
-        "rows of tiles": max(map(plan.kept, range(len(plan.layers)))),
-        "transformed input": plan.inputs,
-        "products": plan.products,
     }
 
 

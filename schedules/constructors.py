@@ -10,10 +10,9 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relay
 
-from .attributes import chain_attributes, direct_attributes, winograd_attributes
+from .attributes import direct_attributes, winograd_attributes
 from .buffers import argument_buffers, dense_buffers, direct_buffers, why_too_large, winograd_buffers
 from .direct_plan import direct_plan
-from .epilogues import Activation
 from .formats import BundledRows, SparseRows, pack_dense, pack_direct, pack_winograd
 from .geometry import ConvGeometry
 from .max_pool import PoolGeometry
@@ -24,12 +23,9 @@ from .operators import (
     MAX_POOL,
     TO_TILES,
     WINOGRAD,
-    WINOGRAD_CHAIN,
-    WINOGRAD_CHAIN_ADD,
 )
-from .registration import call, unpack
+from .registration import call
 from .sparse_dense import DensePlan, nonzero_group, segment_length
-from .strip_plan import StripPlan
 from .targets import cpu_facts
 from .tiles import TileLayout
 from .winograd import KERNELS, TILES
@@ -93,27 +89,6 @@ def conv2d_sparse_winograd(
     bias = relay.const(np.zeros(geometry.out_channels, np.float32))
     arguments = [tiles, *_constants(rows), relay.const(rows.filters), bias]
     return out_of_tiles(call(WINOGRAD, arguments, **winograd_attributes(plan)), plan.layout)
-
-
-def winograd_chain(
-    data: relay.Expr, calls: Sequence[relay.Call], plan: StripPlan, residual: relay.Expr | None
-) -> relay.Expr:
-    """Calls of the Winograd operators, one after the other, as one of images NCHW.
-
-    Args:
-        data: NCHW, in the place of the first call's data.
-        calls: of layers that strip_plan takes; their arguments behind the data are constants.
-        plan: of these calls.
-        residual: NCHW, in the place of the last call's.
-    """
-    weights = [[argument.data.numpy() for argument in one.args[1:6]] for one in calls]
-    arguments = [np.concatenate(arrays) for arrays in zip(*weights, strict=True)]
-    lengths = [len(values) for values, *_ in weights]
-    first_values = [sum(lengths[:i]) for i in range(len(lengths))]
-    activations = [unpack(Activation, one.attrs) for one in calls]
-    attributes = chain_attributes(plan, first_values, activations)
-    everything = [data, *map(relay.const, arguments), *([] if residual is None else [residual])]
-    return call(WINOGRAD_CHAIN if residual is None else WINOGRAD_CHAIN_ADD, everything, **attributes)
 
 
 def dense_sparse(

@@ -3,8 +3,8 @@
 ``jointsparse.conv2d_sparse_direct`` takes data, three constants (values, indices, indptr: SparseRows of formats.py) and
 a bias, in its form ``..._add`` a residual as well, which it adds before it activates; NCHW, float32.
 ``jointsparse.conv2d_sparse_winograd`` does the same with images in tile layout, into and out of which
-``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them; its four constants are BundledRows.
-``jointsparse.winograd_chain`` is several of these, one after the other, of images NCHW.
+``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them, or with images NCHW (see tile_images.py); its four
+constants are BundledRows.
 ``jointsparse.dense_sparse`` is otherwise like ``nn.dense``: what may follow it is fused into it.
 """
 
@@ -16,7 +16,7 @@ import tvm
 from tvm import te
 
 from . import cpu_dense, llvm_workaround
-from .attributes import activations_of, direct_plan_of, strip_plan_of, winograd_plan_of
+from .attributes import direct_plan_of, winograd_plan_of
 from .buffers import dense_buffers, why_too_large
 from .convolution_buffers import Arguments
 from .epilogues import Activation
@@ -30,14 +30,11 @@ from .targets import cpu_facts, gathers_fast
 from .tile_conversions import from_tiles, to_tiles
 from .tile_images import ImageEnds
 from .tiles import TileLayout
-from .winograd_chain import winograd_chain
 
 DIRECT = "jointsparse.conv2d_sparse_direct"
 DIRECT_ADD = "jointsparse.conv2d_sparse_direct_add"
 WINOGRAD = "jointsparse.conv2d_sparse_winograd"
 WINOGRAD_ADD = "jointsparse.conv2d_sparse_winograd_add"
-WINOGRAD_CHAIN = "jointsparse.winograd_chain"
-WINOGRAD_CHAIN_ADD = "jointsparse.winograd_chain_add"
 TO_TILES = "jointsparse.to_tiles"
 FROM_TILES = "jointsparse.from_tiles"
 MAX_POOL = "jointsparse.max_pool2d"
@@ -63,16 +60,6 @@ def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], targ
     )
 
 
-def _compute_chain(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], target: tvm.target.Target) -> te.Tensor:
-    return winograd_chain(
-        Arguments(**inputs),
-        plan=strip_plan_of(attrs),
-        first_values=plain(attrs["first_values"]),
-        activations=activations_of(attrs),
-        prefetch=target.kind.name == "llvm",
-    )
-
-
 def _compute_dense(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], target: tvm.target.Target) -> te.Tensor:
     plan, lanes = unpack(DensePlan, attrs), cpu_facts(target).lanes
     reason = why_too_large(dense_buffers(plan, lanes))
@@ -81,10 +68,6 @@ def _compute_dense(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], target:
     return sparse_dense(
         **inputs, plan=plan, lanes=lanes, gather=gathers_fast(target), prefetch=target.kind.name == "llvm"
     )
-
-
-def _chain_result(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
-    return data[0], plain(attrs["filters"])[-1], data[2], data[3]
 
 
 def _as_it_is(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:
@@ -157,20 +140,6 @@ for _name, _arguments, _others in (
         _winograd_source,
         _winograd_result,
         _compute_winograd,
-        _as_it_is,
-        other_shapes=_others,
-    )
-for _name, _arguments, _others in (
-    (WINOGRAD_CHAIN, _WINOGRAD, {}),
-    (WINOGRAD_CHAIN_ADD, _WINOGRAD | _RESIDUAL, _RESULT),
-):
-    register(
-        _name,
-        "Sparse Winograd convolutions of images NCHW one after the other.",
-        _arguments,
-        _nchw,
-        _chain_result,
-        _compute_chain,
         _as_it_is,
         other_shapes=_others,
     )

@@ -21,7 +21,7 @@ from .tile_planes import Planes
 from .tiles import CHUNKS
 from .vector_code import VectorCode
 from .winograd_plan import WinogradPlan
-from .winograd_steps import Own, Reader, Store, Weights, WinogradSteps, Writer
+from .winograd_steps import Own, Reader, Store, WinogradSteps, Writer
 
 
 def sparse_winograd(
@@ -94,7 +94,7 @@ class _Kernel:
         self.activation, self.ends = activation, ends
         self.ib = tvm.tir.ir_builder.create()
         self.code = VectorCode(self.ib, plan.layout.lanes, prefetch=prefetch)
-        self.steps = WinogradSteps(self.code, plan, Weights(buffers))
+        self.steps = WinogradSteps(self.code, plan, buffers)
 
     def emit(self) -> tir.Stmt:
         images, blocks = self.geometry.batch, self.blocking.blocks

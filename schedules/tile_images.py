@@ -19,8 +19,9 @@ from .winograd_plan import WinogradPlan
 from .winograd_steps import Pixels, Reader, Store, Writer
 
 
-def why_not_images(layout: TileLayout) -> str | None:
-    """Why a kernel that computes in this layout cannot read and write images NCHW, or None if it can."""
+def why_not_images(plan: WinogradPlan) -> str | None:
+    """Why the kernel cannot read and write images NCHW, or None if it can."""
+    layout = plan.layout
     if layout.form != CHUNKS:
         return "tiles are not in chunks"
     if layout.lanes < 2 * layout.m:

@@ -52,26 +52,15 @@ _VALUES_AHEAD = 256
 """Non-zeros from the one that is used to the one that is fetched: in a network weights come from beyond L2."""
 
 
-@dataclass(frozen=True)
-class Weights:
-    """BundledRows of formats.py and biases, and where those of a layer begin in buffers that several share."""
-
-    buffers: ConvolutionBuffers
-    first_value: int = 0
-    first_bundle: int = 0
-    first_row: int = 0
-    first_bias: int = 0
-
-
 class WinogradSteps:
-    """Emits the steps of one layer.
+    """Emits the steps.
 
     Args:
-        plan: of the layer; where its layout has its tiles does not matter here.
+        plan: where its layout has its tiles does not matter here.
     """
 
-    def __init__(self, code: VectorCode, plan: WinogradPlan, weights: Weights) -> None:
-        self.code, self.plan, self.weights = code, plan, weights
+    def __init__(self, code: VectorCode, plan: WinogradPlan, buffers: ConvolutionBuffers) -> None:
+        self.code, self.plan, self.buffers = code, plan, buffers
         self.matrices = transform(plan.layout.m, plan.geometry.kernel[0])
         self.reach = (plan.geometry.kernel[0] - 1) // 2
 
@@ -95,21 +84,21 @@ class WinogradSteps:
     def multiply(self, xi: tir.PrimExpr, vectors: int, inputs: tir.Buffer, products: tir.Buffer) -> None:
         """``M = U V`` at one position: sums in registers, non-zeros outside, vectors inside."""
         code, plan, together = self.code, self.plan, self.plan.blocking.together
-        weights, buffers = self.weights, self.weights.buffers
+        buffers = self.buffers
         assert buffers.filters is not None
         base, target = code.let(xi * plan.input_stride), code.let(xi * plan.product_stride)
         for t in range(vectors):
             code.store(inputs, code.splat(0.0), base + plan.geometry.in_channels * plan.tiles + t * code.lanes)
         with code.loop(plan.bundles, "bundle") as i:
             bundle = code.let(xi * plan.bundles + i)
-            first = code.let(buffers.indptr[weights.first_bundle + bundle])
-            count = code.let(buffers.indptr[weights.first_bundle + bundle + 1] - first)
+            first = code.let(buffers.indptr[bundle])
+            count = code.let(buffers.indptr[bundle + 1] - first)
             sums = [code.array(vectors, "sums") for _ in range(together)]
             for one in chain(*sums):
                 code.set(one, code.splat(0.0))
             self._fetch_next(inputs, base + plan.input_stride, i)
             # In 64 bits, so that what is added to it becomes part of an address.
-            begin = code.let(tir.Cast("int64", weights.first_value + first * together))
+            begin = code.let(tir.Cast("int64", first * together))
             with code.loop(count, "e") as e:
                 entry = code.let(begin + tir.Cast("int64", e) * together)
                 code.fetch(buffers.values, entry + _VALUES_AHEAD)
@@ -119,7 +108,7 @@ class WinogradSteps:
                     for t, one in enumerate(sums[r]):
                         code.set(one, one + weight * code.load(inputs, operand + t * code.lanes))
             for r in range(together):
-                filter_ = buffers.filters[weights.first_row + bundle * together + r]
+                filter_ = buffers.filters[bundle * together + r]
                 row = code.let(target + filter_ * plan.tiles)
                 for t, one in enumerate(sums[r]):
                     code.store(products, one, row + t * code.lanes)
@@ -133,7 +122,7 @@ class WinogradSteps:
     def transform_output(self, k: tir.PrimExpr, vectors: int, products: tir.Buffer, writer: Writer) -> None:
         """``Y = AT M A`` and the bias, for one filter."""
         code, n, m = self.code, self.matrices.n, self.plan.layout.m
-        bias = code.keep(code.splat(self.weights.buffers.bias[self.weights.first_bias + k]))
+        bias = code.keep(code.splat(self.buffers.bias[k]))
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
             source, store = code.let(k * self.plan.tiles + vector), writer(vector)

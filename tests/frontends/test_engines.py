@@ -46,7 +46,6 @@ from jointsparse.frontends.engines.onnx_runtime import OnnxRuntime, open_session
 from jointsparse.frontends.engines.tvm_build import open_package
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.winograd_inference import winograd_pruned
-from jointsparse.passes import chain_convolutions, costs
 from jointsparse.schedules.winograd_pruning import WinogradPruning, dump
 from tests.frontends.torch_models import Residual, randomised
 
@@ -306,47 +305,6 @@ def test_operators_of_branches(tmp_path: Path) -> None:
             orders.append(sorted(found, key=found.__getitem__))
     # Sparse kernels run where the dense ones did.
     assert all(order == orders[0] for order in orders)
-
-
-class Runs(nn.Module):
-    """Convolutions that become chains of two, one and three, and others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        sizes = {"a": (3, 8), "b": (8, 8), "c": (8, 8), "d": (8, 8), "e": (8, 4), "f": (4, 8)}
-        for name, (channels, filters) in sizes.items():
-            self.add_module(name, nn.Conv2d(channels, filters, 3, padding=1))
-        self.down = nn.Conv2d(8, 8, 3, 2, 1)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.sigmoid(self.b(torch.relu(self.a(x))))
-        x = self.down(torch.sigmoid(self.c(x)))
-        x = self.f(torch.relu(self.e(torch.relu(self.d(x)))))
-        return self.fc(x.mean((2, 3)))
-
-
-def test_operators_that_hold_several_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain_convolutions, "_BEYOND_CACHES", 0)
-    monkeypatch.setattr(chain_convolutions, "_TRANSFORMS", {True: 99.0})
-    monkeypatch.setattr(chain_convolutions, "_LEAST_UNITS", 1)
-    # Only tiles of one size are chained: F(4x4) for all.
-    for family, coefficients in costs.FAMILIES.items():
-        monkeypatch.setitem(costs.FAMILIES, family, {**coefficients, "winograd_f2": {"fixed": 1e12}})
-    torch.manual_seed(0)
-    path = written(randomised(Runs()), (1, 3, 16, 32), tmp_path / "m.onnx")
-    plan = compile_model(path, "llvm", tmp_path / "m.tar", domain="winograd")
-    layers = json.loads(plan.to_json())["layers"]
-    timed = operators.measure(tmp_path / "m.tar", random_inputs(path), layers, 0.01)
-    chains = {one.layer: one.multiply_adds for one in timed if "winograd_chain" in one.name}
-    assert list(chains) == ["a..b", "c", "d..f"]
-    work = {layer["name"]: layer["multiplications"] for layer in layers}
-    assert list(chains.values()) == [work["a"] + work["b"], work["c"], work["d"] + work["e"] + work["f"]]
-    others = {one.layer: one.multiply_adds for one in timed if one.layer and one.layer not in chains}
-    assert others == {name: work[name] for name in ("down", "fc")}
-    # Nothing is said of another plan than the package's.
-    for other in (layers[1:], layers[:-1], [*layers, layers[0]], []):
-        assert not any(one.layer for one in operators.measure(tmp_path / "m.tar", random_inputs(path), other, 0.01))
 
 
 @pytest.mark.parametrize("isa", [NATIVE, pytest.param(AVX2, marks=x86)])

@@ -11,7 +11,6 @@ from tvm import te
 
 from jointsparse.schedules.buffers import (
     argument_buffers,
-    chain_buffers,
     direct_buffers,
     why_too_large,
     winograd_buffers,
@@ -24,9 +23,7 @@ from jointsparse.schedules.formats import pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.sparse_direct import sparse_direct
 from jointsparse.schedules.sparse_winograd import sparse_winograd
-from jointsparse.schedules.strip_plan import StripPlan, strip_plan
 from jointsparse.schedules.targets import STACK_BYTES, cpu_facts
-from jointsparse.schedules.winograd_chain import winograd_chain
 from jointsparse.schedules.winograd_plan import winograd_plan
 
 GEOMETRIES = {
@@ -100,55 +97,6 @@ def test_winograd_buffers_are_those_of_the_code(name: str, tile: int, target: st
     n = round(plan.positions**0.5)
     full = pack_winograd(np.ones((*geometry.weight_shape[:2], n, n)), plan)
     assert buffers["weights in bundles"] == full.indptr[-1] * plan.blocking.together
-
-
-def chain_of(channels: list[int], height: int, width: int, tile: int, target: str) -> StripPlan:
-    sizes = zip(channels[:-1], channels[1:], (3, 5), strict=True)
-    geometries = [ConvGeometry(2, c, height, width, k, (r, r), padding=(r // 2,) * 4) for c, k, r in sizes]
-    plan = strip_plan(tuple(winograd_plan(geometry, tile, cpu_facts(target)) for geometry in geometries))
-    assert plan is not None
-    return plan
-
-
-@each_target
-@pytest.mark.parametrize(("tile", "channels"), [(2, [3, 24, 5]), (4, [24, 5, 7])], ids=["second", "first"])
-def test_buffers_of_a_chain_are_those_of_the_code(channels: list[int], tile: int, target: str) -> None:
-    plan = chain_of(channels, 70, 300, tile, target)
-    bundles = [layer.positions * layer.bundles for layer in plan.layers]
-    rows = sum(number * layer.blocking.together for number, layer in zip(bundles, plan.layers, strict=True))
-    inputs = arguments((2, channels[0], 70, 300), sum(bundles) + len(bundles) - 1, sum(channels[1:]), rows)
-    activations = [Activation()] * 2
-    result = winograd_chain(inputs, plan=plan, first_values=[0, 16], activations=activations, prefetch=True)
-    sizes = allocated(inputs, result)
-    kept = [sizes[f"kept{i}"] for i in range(2)]
-    assert kept == [plan.kept(i) for i in range(2)]
-    assert (plan.inputs, plan.products) == (sizes["V"], sizes["M"])
-    assert plan.working_set == 4 * (sum(kept) + sizes["V"] + sizes["M"])
-    # What is left out of it: of one row of tiles.
-    rest = {name: size for name, size in sizes.items() if name not in ("V", "M", "kept0", "kept1")}
-    assert sizes["line"] == tile**2 * plan.layers[-1].tiles
-    assert sizes["firsts"] == plan.width
-    assert 4 * max(size for name, size in rest.items() if name not in ("line", "firsts")) < STACK_BYTES
-    buffers = chain_buffers(plan)
-    assert {name: buffers[name] for name in ("rows of tiles", "transformed input", "products")} == {
-        "rows of tiles": max(kept), "transformed input": sizes["V"], "products": sizes["M"]
-    }  # fmt: skip
-    full = 0
-    for layer in plan.layers:
-        n = round(layer.positions**0.5)
-        packed = pack_winograd(np.ones((*layer.geometry.weight_shape[:2], n, n)), layer)
-        full += packed.indptr[-1] * layer.blocking.together
-    assert buffers["weights in bundles"] == full
-
-
-def test_weights_of_a_chain_beyond_32_bits() -> None:
-    """Those of a layer by itself are small enough."""
-    geometry = ConvGeometry(1, 8000, 2, 6, 8000, (3, 3), padding=(1, 1, 1, 1))
-    layer = winograd_plan(geometry, 2, cpu_facts("llvm"))
-    assert why_too_large(winograd_buffers(layer)) is None
-    assert why_too_large(chain_buffers(StripPlan((layer,), 1, 1))) is None
-    reason = why_too_large(chain_buffers(StripPlan((layer,) * 3, 1, 1)))
-    assert reason == "weights in bundles of 3072000000 elements exceeds 32-bit offsets"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.tile_images import why_not_images
 from jointsparse.schedules.tiles import FORMS
 from jointsparse.schedules.winograd_plan import winograd_plan
 from tests.host import TARGETS
@@ -47,9 +48,11 @@ def test_winograd(use_threads: Callable[[int], None]) -> None:
     kinds = Counter((case.geometry.kernel, case.tile) for case, _ in seen)
     assert len(kinds) == 4
     assert min(kinds.values()) >= 20
-    forms = Counter(winograd_plan(case.geometry, case.tile, cpu_facts(target)).layout.form for case, target in seen)
+    plans = [winograd_plan(case.geometry, case.tile, cpu_facts(target)) for case, target in seen]
+    forms = Counter(plan.layout.form for plan in plans)
     assert set(forms) == set(FORMS)
     assert min(forms.values()) >= 15
+    assert sum(why_not_images(plan) is None for plan in plans) >= 10
 
 
 def _check_many(draw_case: Callable[..., Case], use_threads: Callable[[int], None]) -> list[tuple[Case, str]]:

@@ -1,0 +1,160 @@
+"""Convolutions that read and write images NCHW, against the same through conversions of layout: bit for bit, and with
+nothing read or written beside an image."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tvm
+from numpy.typing import NDArray
+from tvm import relay
+from tvm.contrib import graph_executor
+
+from jointsparse.passes.absorb_conversions import AbsorbConversions
+from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
+from jointsparse.passes.keep_tiles import KeepTiles
+from jointsparse.schedules import sparse_winograd
+from jointsparse.schedules.constructors import conv2d_sparse_winograd
+from jointsparse.schedules.geometry import ConvGeometry
+from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.tile_images import ImageEnds, why_not_images
+from jointsparse.schedules.winograd import transform
+from jointsparse.schedules.winograd_plan import winograd_plan
+from tests.host import TARGETS
+
+SIZES = ((56, 56), (64, 64), (63, 64), (13, 112), (7, 128), (6, 256), (30, 24), (2, 200))
+"""Heights and widths: rows of whole vectors, and half a vector more; of one chunk, of whole ones, of a part more."""
+
+
+def geometry_of(height: int, width: int, kernel: int, batch: int = 1) -> ConvGeometry:
+    return ConvGeometry(batch, 3, height, width, 5, (kernel, kernel), padding=(kernel // 2,) * 4)
+
+
+def modules(geometry: ConvGeometry, tile: int, target: str) -> tuple[tvm.IRModule, tvm.IRModule]:
+    """A convolution with all that may follow it: through conversions, and without."""
+    rng = np.random.default_rng(3)
+    dense = transform(tile, geometry.kernel[0]).filters(rng.standard_normal(geometry.weight_shape))
+    dense[rng.random(dense.shape) < 0.5] = 0
+    shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
+    x = relay.var("x", shape=shape)
+    y = conv2d_sparse_winograd(x, dense.astype(np.float32), geometry, tile, target)
+    y = relay.nn.bias_add(y, relay.const(rng.standard_normal(geometry.out_channels).astype(np.float32)))
+    through = KeepTiles()(AbsorbEpilogues()(tvm.IRModule.from_expr(relay.Function([x], relay.nn.leaky_relu(y, 0.1)))))
+    return through, AbsorbConversions()(through)
+
+
+def build(mod: tvm.IRModule, target: str) -> graph_executor.GraphModule:
+    with tvm.transform.PassContext(opt_level=3):
+        library = relay.build(mod, target=target)
+    return graph_executor.GraphModule(library["default"](tvm.cpu()))
+
+
+def run(executor: graph_executor.GraphModule, data: NDArray[np.float32]) -> NDArray[np.float32]:
+    executor.set_input("x", data)
+    executor.run()
+    return executor.get_output(0).numpy()
+
+
+def data_of(geometry: ConvGeometry) -> NDArray[np.float32]:
+    shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
+    return np.random.default_rng(4).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("tile", "kernel", "sizes"), [(2, 3, 0), (4, 3, 1), (2, 5, 2), (4, 5, 0), (4, 3, 2)])
+def test_the_same_as_through_conversions(
+    tile: int, kernel: int, sizes: int, target: str, use_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with an image far away, of which the rows behind are fetched; and with pixels that are no numbers, which
+    must spoil what they spoil through conversions and nothing else."""
+    absorbed = 0
+    for number, (height, width) in enumerate(SIZES[sizes::3]):
+        geometry = geometry_of(height, width, kernel, batch=1 + number % 2)
+        monkeypatch.setattr(sparse_winograd, "_FAR", (0, 1 << 40)[number % 2])
+        through, without = modules(geometry, tile, target)
+        if why_not_images(winograd_plan(geometry, tile, cpu_facts(target))) is not None:
+            assert tvm.ir.structural_equal(through, without)
+            continue
+        absorbed += 1
+        assert "tiles" not in str(without), "no conversion is left"
+        data = data_of(geometry)
+        both = [build(mod, target) for mod in (through, without)]
+        for threads in (1, 2):
+            use_threads(threads)
+            want, got = (run(executor, data) for executor in both)
+            np.testing.assert_array_equal(got, want)
+        for y, x in ((0, 0), (height - 1, width - 1), (height // 2, width - 1), (height - 1, min(63, width // 2))):
+            spoilt = data.copy()
+            spoilt[0, 1, y, x] = (np.nan, np.inf)[y % 2]
+            want, got = (run(executor, spoilt) for executor in both)
+            assert not np.isfinite(want).all()
+            np.testing.assert_array_equal(got, want)
+    assert absorbed or target == "llvm"
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tile", "target", "reason"),
+    [
+        (56, 56, 4, "llvm -mcpu=skylake-avx512", None),
+        (56, 56, 4, "llvm -mcpu=haswell", None),
+        (720, 1280, 4, "llvm -mcpu=skylake-avx512", None),
+        (60, 60, 4, "llvm -mcpu=skylake-avx512", "rows are not whole vectors"),
+        (240, 248, 4, "llvm -mcpu=skylake-avx512", "rows are not whole vectors"),
+        (28, 28, 4, "llvm -mcpu=skylake-avx512", "tiles are not in chunks"),
+        (64, 64, 4, "llvm", "vectors are too short"),
+    ],
+)
+def test_where_it_is_possible(height: int, width: int, tile: int, target: str, reason: str | None) -> None:
+    assert why_not_images(winograd_plan(geometry_of(height, width, 3), tile, cpu_facts(target))) == reason
+
+
+def test_shapes() -> None:
+    plan = winograd_plan(geometry_of(56, 64, 3, batch=2), 4, cpu_facts("llvm -mcpu=skylake-avx512"))
+    tiles = plan.layout.length
+    assert ImageEnds().data_shape(plan) == (2, 3, tiles)
+    assert ImageEnds().result_shape(plan) == (2, 5, tiles)
+    assert ImageEnds(nchw_data=True).data_shape(plan) == (2, 3, 56, 64)
+    assert ImageEnds(nchw_data=True).result_shape(plan) == (2, 5, tiles)
+    assert ImageEnds(nchw_result=True).result_shape(plan) == (2, 5, 56, 64)
+
+
+def guarded(shape: tuple[int, ...], at_end: bool) -> NDArray[np.float32]:
+    """An array between two pages that nobody may touch, which begins or ends where its page does."""
+    size, page = 4 * int(np.prod(shape)), mmap.PAGESIZE
+    inside = -(-size // page) * page
+    memory = mmap.mmap(-1, inside + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for start in (address, address + page + inside):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), page, 0) == 0
+    offset = page + (inside - size if at_end else 0)
+    return np.frombuffer(memory, np.float32, size // 4, offset).reshape(shape)
+
+
+def touch_the_ends(target: str) -> None:
+    """Run between guarded pages; a process that reads or writes beside its images does not survive it."""
+    for height, width in SIZES[:6]:
+        geometry = geometry_of(height, width, 5, batch=2)
+        if why_not_images(winograd_plan(geometry, 4, cpu_facts(target))) is not None:
+            continue
+        through, without = modules(geometry, 4, target)
+        want, executor = run(build(through, target), data_of(geometry)), build(without, target)
+        for at_end in (False, True):
+            data, result = guarded(data_of(geometry).shape, at_end), guarded(want.shape, at_end)
+            data[...] = data_of(geometry)
+            executor.set_input_zero_copy("x", tvm.nd.from_dlpack(data))
+            executor.set_output_zero_copy(0, tvm.nd.from_dlpack(result))
+            executor.run()
+            np.testing.assert_array_equal(result, want)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="guards pages by mprotect")
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "llvm"])
+def test_nothing_beside_an_image_is_touched(target: str) -> None:
+    call = f"from tests.schedules.test_tile_images import touch_the_ends; touch_the_ends({target!r})"
+    subprocess.run([sys.executable, "-c", call], check=True)
