@@ -9,6 +9,7 @@ from fractions import Fraction
 import tvm
 from tvm import tir
 
+from .aligned_stack import align_stack
 from .targets import STACK_BYTES
 from .winograd import Matrix
 
@@ -29,6 +30,11 @@ class VectorCode:
         self.prefetch = prefetch
         self._scalars = 0
         self._slots: list[tir.PrimExpr] = []
+
+    def align_stack(self) -> None:
+        """For code that will not find room for all its vectors in registers."""
+        if self.prefetch:
+            align_stack(self.ib, 4 * self.lanes)
 
     def let(self, value: tir.PrimExpr) -> tir.Var:
         """A name for an integer: computed once, here."""

@@ -67,6 +67,7 @@ class WinogradSteps:
     def transform_input(self, c: tir.PrimExpr, vectors: int, reader: Reader, inputs: tir.Buffer) -> None:
         """``V = BT d B`` for one channel."""
         code, n = self.code, self.matrices.n
+        code.align_stack()
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
             target = code.let(c * self.plan.tiles + vector)

@@ -84,7 +84,6 @@ def test_rows_that_are_not_whole_vectors_are_converted() -> None:
 
 def test_an_activation_behind_what_was_absorbed_stays_correct() -> None:
     """The pass before it, run once more, takes in what it had not seen."""
-    build, _ = CASES["one"]
     x, r = relay.var("x", shape=SHAPE), relay.var("r", shape=SHAPE)
     mod = absorbed(main(x, r, body=conv(x)))
     again = main(*mod["main"].params, body=relu(relay.add(mod["main"].body, mod["main"].params[1])))
