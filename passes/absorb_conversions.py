@@ -1,4 +1,4 @@
-"""Let sparse Winograd convolutions read and write images NCHW where they would be converted for them alone."""
+"""Let sparse Winograd convolutions read and write images NCHW."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..schedules.attributes import winograd_plan_of
 from ..schedules.operators import FROM_TILES, TO_TILES, WINOGRAD, WINOGRAD_ADD
 from ..schedules.registration import attributes_of, plain, unpack
 from ..schedules.registration import call as call_of
-from ..schedules.tile_images import ImageEnds, why_not_images
+from ..schedules.tile_images import ImageEnds, prefers_images, why_not_images
 from .straight_graphs import Rewriter, is_call, rewrite_straight
 
 _WINOGRAD = (WINOGRAD, WINOGRAD_ADD)
@@ -19,37 +19,56 @@ _WINOGRAD = (WINOGRAD, WINOGRAD_ADD)
 
 @tvm.transform.module_pass(opt_level=0, name="AbsorbConversions")
 class AbsorbConversions:
-    """A conversion of layout before or behind a Winograd convolution becomes part of it, if nothing else reads what is
-    in between.
+    """Conversions of layout before or behind a Winograd convolution become part of it.
 
     A ``@main`` with control flow or functions inside is handed back unchanged.
+
+    Args:
+        preferred: only where a convolution is faster with images NCHW, but there even if others read what was
+            converted; otherwise where nothing else does, so that the conversion is gone.
     """
 
+    def __init__(self, *, preferred: bool = False) -> None:
+        self.preferred = preferred
+
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        return rewrite_straight(mod, _WINOGRAD, _Rewriter)
+        return rewrite_straight(mod, _WINOGRAD, lambda nodes: _Rewriter(nodes, self.preferred))
 
 
 class _Rewriter(Rewriter):
+    def __init__(self, nodes: list[relay.Expr], preferred: bool) -> None:
+        self.preferred = preferred
+        super().__init__(nodes)
+
     def call(self, call: relay.Call) -> relay.Expr | None:
-        if is_call(call, FROM_TILES) and self.uses[call.args[0]] == 1 and is_call(call.args[0], *_WINOGRAD):
-            convolution = self.value(call.args[0])
-            if why_not_images(winograd_plan_of(convolution.attrs)) is None:
-                return _with_ends(convolution, nchw_result=True)
+        if is_call(call, FROM_TILES) and is_call(call.args[0], *_WINOGRAD) and self.uses[call.args[0]] == 1:
+            return self._with_result(call.args[0]) or super().call(call)
         value = super().call(call)
-        if is_call(value, *_WINOGRAD) and self._is_converted_alone(call):
+        if is_call(call, *_WINOGRAD) and self._is_to_absorb(call, call.args[0]):
             image = self.value(call.args[0].args[0])
-            return _with_ends(value, image, nchw_data=True)
+            return _with_ends(value, [image, *value.args[1:]], nchw_data=True)
         return value
 
-    def _is_converted_alone(self, convolution: relay.Call) -> bool:
-        """Whether the data comes from a conversion that nothing else needs."""
-        data = convolution.args[0]
-        if not is_call(data, TO_TILES) or self.uses[data] != 1 or plain(data.attrs["offset"]) != (0, 0):
-            return False
-        return why_not_images(winograd_plan_of(convolution.attrs)) is None
+    def _with_result(self, call: relay.Call) -> relay.Call | None:
+        """A convolution that writes NCHW, if it can: its residual has to be there like that."""
+        convolution = self.value(call)
+        arguments = list(convolution.args)
+        if is_call(call, WINOGRAD_ADD):
+            if not self._is_to_absorb(call, call.args[-1]):
+                return None
+            arguments[-1] = self.value(call.args[-1].args[0])
+        return _with_ends(convolution, arguments, nchw_result=True) if self._is_possible(call) else None
+
+    def _is_to_absorb(self, convolution: relay.Call, data: relay.Expr) -> bool:
+        """Whether a convolution is to read what this converts into tiles."""
+        is_conversion = is_call(data, TO_TILES) and plain(data.attrs["offset"]) == (0, 0)
+        return is_conversion and (self.preferred or self.uses[data] == 1) and self._is_possible(convolution)
+
+    def _is_possible(self, convolution: relay.Call) -> bool:
+        plan = winograd_plan_of(convolution.attrs)
+        return prefers_images(plan) if self.preferred else why_not_images(plan) is None
 
 
-def _with_ends(convolution: relay.Call, data: relay.Expr | None = None, **changes: bool) -> relay.Call:
+def _with_ends(convolution: relay.Call, arguments: list[relay.Expr], **changes: bool) -> relay.Call:
     ends = replace(unpack(ImageEnds, convolution.attrs), **changes)
-    arguments = [convolution.args[0] if data is None else data, *convolution.args[1:]]
     return call_of(convolution.op.name, arguments, **{**attributes_of(convolution), **asdict(ends)})

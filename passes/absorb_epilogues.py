@@ -76,7 +76,7 @@ class _Rewriter(Rewriter):
             if not is_call(convolution, *_ADDING) or node.checked_type != other.checked_type:
                 continue
             residual = self.value(other)
-            if is_call(convolution, WINOGRAD):
+            if is_call(convolution, WINOGRAD) and not unpack(ImageEnds, convolution.attrs).nchw_result:
                 shape = [int(size) for size in other.checked_type.shape]
                 residual = into_tiles(residual, shape, winograd_plan_of(convolution.attrs).layout)
             return call_of(_ADDING[convolution.op.name], [*convolution.args, residual], **attributes_of(convolution))

@@ -85,6 +85,7 @@ def sparsify(
         BindParameters(params),
         relay.transform.FoldConstant(),
         AbsorbEpilogues(),
+        AbsorbConversions(preferred=True),
         KeepTiles(),
         AbsorbConversions(),
         # Phase 5. What lies between them.

@@ -88,11 +88,6 @@ def _winograd_result(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
     return unpack(ImageEnds, attrs).result_shape(winograd_plan_of(attrs))
 
 
-def _winograd_residual(attrs: tvm.ir.Attrs, result: Sequence[int]) -> Sequence[int]:
-    """In tiles, even where the result is not: it is what a convolution has given that reads tiles as well."""
-    return ImageEnds().result_shape(winograd_plan_of(attrs))
-
-
 def _images_in_tiles(attrs: tvm.ir.Attrs, data: Sequence[int | None]) -> Sequence[int | None]:
     """Of any two sizes first."""
     layout = unpack(TileLayout, attrs)
@@ -112,12 +107,12 @@ _WEIGHTS = {
 _CONVOLUTION = {"data": "input", **_WEIGHTS, "bias": "of each filter"}
 _WINOGRAD = {"data": "input", **_WEIGHTS, "filters": "filter of each row", "bias": "of each filter"}
 _RESIDUAL = {"residual": "of the shape of the result"}
-_BIAS: dict[str, OtherShape] = {"bias": lambda attrs, result: result[1:2]}
-_RESULT: dict[str, OtherShape] = {"residual": lambda attrs, result: result}
+_BIAS: dict[str, OtherShape] = {"bias": lambda result: result[1:2]}
+_BIAS_AND_RESIDUAL: dict[str, OtherShape] = {**_BIAS, "residual": lambda result: result}
 
 for _name, _arguments, _others in (
     (DIRECT, _CONVOLUTION, _BIAS),
-    (DIRECT_ADD, _CONVOLUTION | _RESIDUAL, _BIAS | _RESULT),
+    (DIRECT_ADD, _CONVOLUTION | _RESIDUAL, _BIAS_AND_RESIDUAL),
 ):
     register(
         _name,
@@ -131,7 +126,7 @@ for _name, _arguments, _others in (
     )
 for _name, _arguments, _others in (
     (WINOGRAD, _WINOGRAD, _BIAS),
-    (WINOGRAD_ADD, _WINOGRAD | _RESIDUAL, {**_BIAS, "residual": _winograd_residual}),
+    (WINOGRAD_ADD, _WINOGRAD | _RESIDUAL, _BIAS_AND_RESIDUAL),
 ):
     register(
         _name,

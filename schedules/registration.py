@@ -25,7 +25,7 @@ Compute = Callable[[tvm.ir.Attrs, Mapping[str, te.Tensor], tvm.target.Target], t
 Schedule = Callable[[tvm.ir.Attrs, Sequence[te.Tensor], tvm.target.Target], te.Schedule]
 DataShape = Callable[[tvm.ir.Attrs, Sequence[int | None]], Sequence[int | None]]
 ResultShape = Callable[[tvm.ir.Attrs, Sequence[int]], Sequence[int]]
-OtherShape = Callable[[tvm.ir.Attrs, Sequence[int]], Sequence[int]]
+OtherShape = Callable[[Sequence[int]], Sequence[int]]
 _Sizes = tuple[int | None, ...]
 _Shapes = tuple[_Sizes, tuple[int, ...]]
 
@@ -50,7 +50,7 @@ def register(
             what is not fixed).
         result_shape: from attributes and shape of the data.
         compute: from attributes and arguments by name.
-        other_shapes: of further arguments that are float32, by name, from attributes and the shape of the result.
+        other_shapes: of further arguments that are float32, by name, from the shape of the result.
         fusable: whether what follows it elementwise becomes part of its schedule.
     """
     relay_op.register(name, description)
@@ -132,7 +132,7 @@ def _result_type(
     expected, result = shapes(attrs, _sizes(types[0]))
     _check(name, "data", types[0], expected)
     for place, (argument, shape) in others.items():
-        _check(name, argument, types[place], tuple(shape(attrs, result)))
+        _check(name, argument, types[place], tuple(shape(result)))
     return relay.TensorType(list(result), "float32")
 
 

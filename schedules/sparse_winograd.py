@@ -36,7 +36,7 @@ def sparse_winograd(
 
     Args:
         arguments: data (N, C, length) in the plan's layout, float32; BundledRows of formats.pack_winograd for the plan;
-            bias (K,); residual (N, K, length) in the plan's layout.
+            bias (K,); residual of the shape of the result.
         ends: which of data and result are images NCHW instead.
         prefetch: whether code for the target can fetch ahead.
 
@@ -56,17 +56,12 @@ _FAR = 1 << 23
 
 
 class _Images(Protocol):
-    """Some vectors of tiles, wherever their pixels are; see tile_images.py."""
+    """Some vectors of tiles, wherever their pixels are; see tile_planes.py, tile_chunks.py and tile_images.py."""
 
     def reader(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Reader: ...
+    def own(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Own: ...
     def writer(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Writer: ...
     def clear(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> None: ...
-
-
-class _Tiles(_Images, Protocol):
-    """In a tile layout; see tile_planes.py and tile_chunks.py."""
-
-    def own(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Own: ...
 
 
 @dataclass(frozen=True)
@@ -122,31 +117,23 @@ class _Kernel:
         code, plan, steps, buffers = self.code, self.plan, self.steps, self.buffers
         inputs = self.ib.allocate("float32", plan.positions * plan.input_stride, name="V", scope="global")._buffer
         products = self.ib.allocate("float32", plan.positions * plan.product_stride, name="M", scope="global")._buffer
-        tiles = self._tiles(block)
-        source = self._images(block) if self.ends.nchw_data else tiles
-        target = self._images(block) if self.ends.nchw_result else tiles
+        source, target = self._images(block, self.ends.nchw_data), self._images(block, self.ends.nchw_result)
         with code.loop(self.geometry.in_channels, "c", kind) as c:
             steps.transform_input(c, block.length, source.reader(buffers.data, block.image, c), inputs)
         with code.loop(plan.positions, "xi", kind) as xi:
             steps.multiply(xi, block.length, inputs, products)
         with code.loop(self.geometry.out_channels, "k", kind) as k:
             target.clear(buffers.result, block.image, k)
-            steps.transform_output(k, block.length, products, self._writer(target, tiles, block.image, k))
+            steps.transform_output(k, block.length, products, self._writer(target, block.image, k))
 
-    def _tiles(self, block: _Block) -> _Tiles:
+    def _images(self, block: _Block, nchw: bool) -> _Images:
         layout = self.plan.layout
         if layout.form != CHUNKS:
             return Planes(self.code, layout, block.first, block.length)
-        return Chunks(self.code, layout, block.first, block.length, fetch=self._is_far)
+        far = 4 * self.geometry.in_channels * layout.length > _FAR
+        return (Images if nchw else Chunks)(self.code, layout, block.first, block.length, fetch=far)
 
-    def _images(self, block: _Block) -> _Images:
-        return Images(self.code, self.plan.layout, block.first, block.length, fetch=self._is_far)
-
-    @property
-    def _is_far(self) -> bool:
-        return 4 * self.geometry.in_channels * self.plan.layout.length > _FAR
-
-    def _writer(self, target: _Images, tiles: _Tiles, image: tir.PrimExpr, k: tir.PrimExpr) -> Writer:
+    def _writer(self, target: _Images, image: tir.PrimExpr, k: tir.PrimExpr) -> Writer:
         """Of finished pixels of a filter."""
         code, buffers, write = self.code, self.buffers, target.writer(self.buffers.result, image, k)
 
@@ -154,7 +141,7 @@ class _Kernel:
             store = write(vector)
             residual = None
             if buffers.residual is not None:
-                residual = tiles.own(buffers.residual, image, k)(vector)
+                residual = target.own(buffers.residual, image, k)(vector)
 
             def finish(i: int, j: int, value: tir.PrimExpr) -> None:
                 if residual is not None:

@@ -212,7 +212,8 @@ def run_module(library: tvm.runtime.Module, cases: Sequence[Case]) -> list[NDArr
 
 def check(cases: Sequence[Case], target: str, opt_level: int = 3) -> None:
     """Build all in one library and compare each with the reference; kernels absorb what they can."""
-    mod = AbsorbConversions()(KeepTiles()(AbsorbEpilogues()(module_of(cases, target))))
+    mod = AbsorbConversions(preferred=True)(AbsorbEpilogues()(module_of(cases, target)))
+    mod = AbsorbConversions()(KeepTiles()(mod))
     with tvm.transform.PassContext(opt_level=opt_level):
         library = relay.build(mod, target)
     for case, result in zip(cases, run_module(library, cases), strict=True):

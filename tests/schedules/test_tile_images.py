@@ -37,7 +37,7 @@ def geometry_of(height: int, width: int, kernel: int, batch: int = 1) -> ConvGeo
 
 
 def modules(geometry: ConvGeometry, tile: int, target: str) -> tuple[tvm.IRModule, tvm.IRModule]:
-    """A convolution with all that may follow it: through conversions, and without."""
+    """A convolution with all that may follow it: through conversions, and without. Its input is x, its residual r."""
     rng = np.random.default_rng(3)
     dense = transform(tile, geometry.kernel[0]).filters(rng.standard_normal(geometry.weight_shape))
     dense[rng.random(dense.shape) < 0.5] = 0
@@ -45,7 +45,9 @@ def modules(geometry: ConvGeometry, tile: int, target: str) -> tuple[tvm.IRModul
     x = relay.var("x", shape=shape)
     y = conv2d_sparse_winograd(x, dense.astype(np.float32), geometry, tile, target)
     y = relay.nn.bias_add(y, relay.const(rng.standard_normal(geometry.out_channels).astype(np.float32)))
-    through = KeepTiles()(AbsorbEpilogues()(tvm.IRModule.from_expr(relay.Function([x], relay.nn.leaky_relu(y, 0.1)))))
+    r = relay.var("r", shape=geometry.out_shape)
+    body = relay.Function([x, r], relay.nn.leaky_relu(relay.add(y, r), 0.1))
+    through = KeepTiles()(AbsorbEpilogues()(tvm.IRModule.from_expr(body)))
     return through, AbsorbConversions()(through)
 
 
@@ -55,15 +57,20 @@ def build(mod: tvm.IRModule, target: str) -> graph_executor.GraphModule:
     return graph_executor.GraphModule(library["default"](tvm.cpu()))
 
 
-def run(executor: graph_executor.GraphModule, data: NDArray[np.float32]) -> NDArray[np.float32]:
+def run(
+    executor: graph_executor.GraphModule, data: NDArray[np.float32], residual: NDArray[np.float32]
+) -> NDArray[np.float32]:
     executor.set_input("x", data)
+    executor.set_input("r", residual)
     executor.run()
     return executor.get_output(0).numpy()
 
 
-def data_of(geometry: ConvGeometry) -> NDArray[np.float32]:
+def data_of(geometry: ConvGeometry) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Input and residual."""
     shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
-    return np.random.default_rng(4).standard_normal(shape).astype(np.float32)
+    rng = np.random.default_rng(4)
+    return rng.standard_normal(shape).astype(np.float32), rng.standard_normal(geometry.out_shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -83,16 +90,16 @@ def test_the_same_as_through_conversions(
             continue
         absorbed += 1
         assert "tiles" not in str(without), "no conversion is left"
-        data = data_of(geometry)
+        data, residual = data_of(geometry)
         both = [build(mod, target) for mod in (through, without)]
         for threads in (1, 2):
             use_threads(threads)
-            want, got = (run(executor, data) for executor in both)
+            want, got = (run(executor, data, residual) for executor in both)
             np.testing.assert_array_equal(got, want)
         for y, x in ((0, 0), (height - 1, width - 1), (height // 2, width - 1), (height - 1, min(63, width // 2))):
             spoilt = data.copy()
             spoilt[0, 1, y, x] = (np.nan, np.inf)[y % 2]
-            want, got = (run(executor, spoilt) for executor in both)
+            want, got = (run(executor, spoilt, residual) for executor in both)
             assert not np.isfinite(want).all()
             np.testing.assert_array_equal(got, want)
     assert absorbed or target == "llvm"
@@ -143,11 +150,14 @@ def touch_the_ends(target: str) -> None:
         if why_not_images(winograd_plan(geometry, 4, cpu_facts(target))) is not None:
             continue
         through, without = modules(geometry, 4, target)
-        want, executor = run(build(through, target), data_of(geometry)), build(without, target)
+        want, executor = run(build(through, target), *data_of(geometry)), build(without, target)
         for at_end in (False, True):
-            data, result = guarded(data_of(geometry).shape, at_end), guarded(want.shape, at_end)
-            data[...] = data_of(geometry)
-            executor.set_input_zero_copy("x", tvm.nd.from_dlpack(data))
+            result = guarded(want.shape, at_end)
+            # Held here: the executor only knows where they are.
+            inputs = {name: guarded(one.shape, at_end) for name, one in zip("xr", data_of(geometry), strict=True)}
+            for (name, data), one in zip(inputs.items(), data_of(geometry), strict=True):
+                data[...] = one
+                executor.set_input_zero_copy(name, tvm.nd.from_dlpack(data))
             executor.set_output_zero_copy(0, tvm.nd.from_dlpack(result))
             executor.run()
             np.testing.assert_array_equal(result, want)
