@@ -44,7 +44,7 @@ class _Rewriter(Rewriter):
         if is_call(call, FROM_TILES) and is_call(call.args[0], *_WINOGRAD) and self.uses[call.args[0]] == 1:
             return self._with_result(call.args[0]) or super().call(call)
         value = super().call(call)
-        if is_call(call, *_WINOGRAD) and self._is_to_absorb(call, call.args[0]):
+        if value is not None and is_call(call, *_WINOGRAD) and self._is_to_absorb(call, call.args[0]):
             image = self.value(call.args[0].args[0])
             return _with_ends(value, [image, *value.args[1:]], nchw_data=True)
         return value

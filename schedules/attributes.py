@@ -45,6 +45,7 @@ def winograd_attributes(plan: WinogradPlan) -> dict[str, object]:
         "lanes": plan.layout.lanes,
         "vectors": plan.blocking.vectors,
         "together": plan.blocking.together,
+        "idle": list(plan.idle),
         **asdict(ImageEnds()),
     }
 
@@ -52,4 +53,4 @@ def winograd_attributes(plan: WinogradPlan) -> dict[str, object]:
 def winograd_plan_of(attrs: tvm.ir.Attrs) -> WinogradPlan:
     """How a call of the Winograd operator computes."""
     numbers = {name: int(attrs[name]) for name in ("tile", "lanes", "vectors", "together")}
-    return WinogradPlan.of(unpack(ConvGeometry, attrs), **numbers)
+    return WinogradPlan.of(unpack(ConvGeometry, attrs), **numbers, idle=plain(attrs["idle"]))

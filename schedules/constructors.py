@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import tvm
@@ -13,7 +13,7 @@ from tvm import relay
 from .attributes import direct_attributes, winograd_attributes
 from .buffers import argument_buffers, dense_buffers, direct_buffers, why_too_large, winograd_buffers
 from .direct_plan import direct_plan
-from .formats import BundledRows, SparseRows, pack_dense, pack_direct, pack_winograd
+from .formats import BundledRows, SparseRows, idle_positions, pack_dense, pack_direct, pack_winograd
 from .geometry import ConvGeometry
 from .max_pool import PoolGeometry
 from .operators import (
@@ -82,7 +82,7 @@ def conv2d_sparse_winograd(
             f"F({m}x{m}) of a {geometry.kernel[0]}x{geometry.kernel[1]} filter is {n} x {n}, got "
             f"{tuple(winograd_weight.shape)}"
         )
-    plan = winograd_plan(geometry, m, cpu_facts(target))
+    plan = replace(winograd_plan(geometry, m, cpu_facts(target)), idle=idle_positions(winograd_weight))
     rows = pack_winograd(winograd_weight, plan)
     shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
     tiles = into_tiles(data, shape, plan.layout, plan.offset)

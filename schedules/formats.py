@@ -107,6 +107,17 @@ def pack_winograd(winograd_weight: NDArray[np.floating], plan: WinogradPlan) -> 
     )
 
 
+def idle_positions(winograd_weight: NDArray[np.floating]) -> tuple[int, ...]:
+    """Positions of a tile at which all filters are zero, ascending; not the last, if that is so at all.
+
+    Args:
+        winograd_weight: (K, C / groups, n, n).
+    """
+    is_busy = np.any(winograd_weight != 0, axis=(0, 1)).ravel()
+    is_busy[-1] |= not is_busy.any()
+    return tuple(int(position) for position in np.flatnonzero(~is_busy))
+
+
 def pack_dense(weight: NDArray[np.floating], group: int = 1, segment: int | None = None) -> SparseRows:
     """Rows are (segment of inputs, output unit), the segment first; an index is an input of the segment, in the fewest
     bytes.

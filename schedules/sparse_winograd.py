@@ -120,11 +120,21 @@ class _Kernel:
         source, target = self._images(block, self.ends.nchw_data), self._images(block, self.ends.nchw_result)
         with code.loop(self.geometry.in_channels, "c", kind) as c:
             steps.transform_input(c, block.length, source.reader(buffers.data, block.image, c), inputs)
-        with code.loop(plan.positions, "xi", kind) as xi:
-            steps.multiply(xi, block.length, inputs, products)
+        busy = self._busy_positions()
+        with code.loop(len(plan.busy), "number", kind) as number:
+            here, following = (code.let(busy.vload([number + ahead])) for ahead in (0, 1))
+            steps.multiply(here, following, block.length, inputs, products)
         with code.loop(self.geometry.out_channels, "k", kind) as k:
             target.clear(buffers.result, block.image, k)
             steps.transform_output(k, block.length, products, self._writer(target, block.image, k))
+
+    def _busy_positions(self) -> tir.Buffer:
+        """And behind them once more the last, for what is fetched ahead."""
+        busy = self.plan.busy
+        positions = self.ib.allocate("int32", len(busy) + 1, name="busy", scope="global")._buffer
+        for number, position in enumerate([*busy, busy[-1]]):
+            self.ib.emit(tir.BufferStore(positions, tir.const(position, "int32"), [number]))
+        return positions
 
     def _images(self, block: _Block, nchw: bool) -> _Images:
         layout = self.plan.layout

@@ -171,7 +171,8 @@ class _Terms:
         terms: list[tuple[Fraction, tir.PrimExpr]] = []
         i = 0
         while i < len(weights):
-            if i in self.pairs:
+            # Halves of rows may part a pair.
+            if i in self.pairs and abs(weights[i]) == abs(weights[i + 1]):
                 terms.append((weights[i], self._term(i, "+" if weights[i] == weights[i + 1] else "-")))
                 i += 2
             else:

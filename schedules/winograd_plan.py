@@ -22,19 +22,30 @@ class WinogradPlan:
         geometry: stride and dilation 1, square filters.
         layout: of input and result: the same tiles at the same places.
         offset: (down, right) from a pixel of the input to the same pixel of the layout's image.
+        idle: positions of a tile at which no filter has a weight: nothing is computed there. Ascending, never all.
     """
 
     geometry: ConvGeometry
     layout: TileLayout
     offset: tuple[int, int]
     blocking: WinogradBlocking
+    idle: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, geometry: ConvGeometry, tile: int, lanes: int, vectors: int, together: int) -> WinogradPlan:
-        """From what an operator's attributes hold: tile size, lanes of a vector, vectors of a block, rows together."""
+    def of(
+        cls,
+        geometry: ConvGeometry,
+        tile: int,
+        lanes: int,
+        vectors: int,
+        together: int,
+        idle: tuple[int, ...] = (),
+    ) -> WinogradPlan:
+        """From what an operator's attributes hold: tile size, lanes of a vector, vectors of a block, rows together,
+        idle positions."""
         layout, offset = _layout(geometry, tile, lanes)
         blocking = WinogradBlocking.of(layout.vectors, vectors, together)
-        return cls(geometry, layout, offset, blocking)
+        return cls(geometry, layout, offset, blocking, idle)
 
     @property
     def blocks_in_parallel(self) -> bool:
@@ -46,6 +57,11 @@ class WinogradPlan:
     def positions(self) -> int:
         """Of a tile in the Winograd domain, n x n."""
         return (self.layout.m + self.geometry.kernel[0] - 1) ** 2
+
+    @property
+    def busy(self) -> tuple[int, ...]:
+        """Positions that are not idle."""
+        return tuple(position for position in range(self.positions) if position not in self.idle)
 
     @property
     def tiles(self) -> int:

@@ -8,7 +8,7 @@ winograd.py (Winograd 1980; Lavin and Gray, arXiv 1509.09308); pruning in that d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -77,13 +77,20 @@ class WinogradSteps:
                 of_tiles = pixels.columns([column[u] for column in columns])
                 row = code.product(self.matrices.BT, of_tiles.__getitem__)
                 for v in range(n):
-                    code.store(inputs, row[v], (u * n + v) * self.plan.input_stride + target)
+                    if u * n + v not in self.plan.idle:
+                        code.store(inputs, row[v], (u * n + v) * self.plan.input_stride + target)
 
     def _pixel(self, pixels: Pixels, v: int, u: int) -> tir.PrimExpr:
         return pixels.load(u - self.reach, v)
 
-    def multiply(self, xi: tir.PrimExpr, vectors: int, inputs: tir.Buffer, products: tir.Buffer) -> None:
-        """``M = U V`` at one position: sums in registers, non-zeros outside, vectors inside."""
+    def multiply(
+        self, xi: tir.PrimExpr, following: tir.PrimExpr, vectors: int, inputs: tir.Buffer, products: tir.Buffer
+    ) -> None:
+        """``M = U V`` at one position: sums in registers, non-zeros outside, vectors inside.
+
+        Args:
+            following: the position that comes next.
+        """
         code, plan, together = self.code, self.plan, self.plan.blocking.together
         buffers = self.buffers
         assert buffers.filters is not None
@@ -97,7 +104,7 @@ class WinogradSteps:
             sums = [code.array(vectors, "sums") for _ in range(together)]
             for one in chain(*sums):
                 code.set(one, code.splat(0.0))
-            self._fetch_next(inputs, base + plan.input_stride, i)
+            self._fetch_next(inputs, following * plan.input_stride, i)
             # In 64 bits, so that what is added to it becomes part of an address.
             begin = code.let(tir.Cast("int64", first * together))
             with code.loop(count, "e") as e:
@@ -131,12 +138,26 @@ class WinogradSteps:
             def at_position(v: int, u: int) -> tir.PrimExpr:
                 return code.load(products, (u * n + v) * self.plan.product_stride + source)
 
-            columns = [code.product(self.matrices.AT, partial(at_position, v)) for v in range(n)]
+            columns = {v: self._back(self._busy_rows(v), partial(at_position, v)) for v in self._busy_columns}
             for i in range(m):
-                row = code.product(self.matrices.AT, partial(_entry, columns, i))
+                row = self._back(self._busy_columns, partial(_entry, columns, i))
                 for j in range(m):
                     store(i, j, row[j] + bias)
 
+    def _back(self, places: Sequence[int], operand: Callable[[int], tir.PrimExpr]) -> list[tir.PrimExpr]:
+        """``AT`` times a column or a row of M that is zero but in these places."""
+        matrix = tuple(tuple(row[place] for place in places) for row in self.matrices.AT)
+        return self.code.product(matrix, lambda number: operand(places[number]))
 
-def _entry(columns: Sequence[Sequence[tir.PrimExpr]], row: int, column: int) -> tir.PrimExpr:
+    def _busy_rows(self, v: int) -> list[int]:
+        """Of a column of M, those that are not idle."""
+        n = self.matrices.n
+        return [u for u in range(n) if u * n + v not in self.plan.idle]
+
+    @property
+    def _busy_columns(self) -> list[int]:
+        return [v for v in range(self.matrices.n) if self._busy_rows(v)]
+
+
+def _entry(columns: Mapping[int, Sequence[tir.PrimExpr]], row: int, column: int) -> tir.PrimExpr:
     return columns[column][row]

@@ -24,6 +24,7 @@ from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.sparse_direct import sparse_direct
 from jointsparse.schedules.sparse_winograd import sparse_winograd
 from jointsparse.schedules.targets import STACK_BYTES, cpu_facts
+from jointsparse.schedules.tile_images import ImageEnds
 from jointsparse.schedules.winograd_plan import winograd_plan
 
 GEOMETRIES = {
@@ -87,7 +88,7 @@ def test_winograd_buffers_are_those_of_the_code(name: str, tile: int, target: st
     bundles = plan.bundles * plan.positions
     shape = plan.layout.shape(geometry.batch, geometry.in_channels)
     inputs = arguments(shape, bundles, geometry.out_channels, bundles * plan.blocking.together)
-    result = sparse_winograd(inputs, plan=plan, activation=Activation(), prefetch=True)
+    result = sparse_winograd(inputs, plan=plan, activation=Activation(), ends=ImageEnds(), prefetch=True)
     sizes = allocated(inputs, result)
     buffers = winograd_buffers(plan)
     assert buffers["input in tiles"] == math.prod(int(size) for size in inputs.data.shape)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from jointsparse.schedules.blocking import WinogradBlocking, winograd_blocking
 from jointsparse.schedules.direct_plan import DirectPlan, candidates, direct_plan, in_one_row
-from jointsparse.schedules.formats import SparseRows, pack_direct, pack_winograd
+from jointsparse.schedules.formats import SparseRows, idle_positions, pack_direct, pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.winograd_plan import WinogradPlan, winograd_plan
 from tests import reference
@@ -458,3 +458,14 @@ def test_positions_are_not_a_multiple_of_4_kib_apart(channels: int, lanes: int) 
     plan = WinogradPlan.of(ConvGeometry(1, channels, 66, 66, channels, (3, 3)), 4, lanes, 32 // lanes, 4)
     assert 4 * plan.input_stride % 4096
     assert 4 * plan.product_stride % 4096
+
+
+def test_idle_positions() -> None:
+    """Those at which nothing is multiplied; one position is always left."""
+    weight = np.zeros((3, 2, 4, 4), np.float32)
+    assert idle_positions(weight) == tuple(range(15))
+    weight[1, 1, 0, 2] = weight[2, 0, 3, 1] = 1
+    assert idle_positions(weight) == tuple(position for position in range(16) if position not in (2, 13))
+    assert idle_positions(np.ones_like(weight)) == ()
+    plan = WinogradPlan.of(ConvGeometry(1, 2, 9, 9, 3, (3, 3)), 2, 8, 2, 2, idle=idle_positions(weight))
+    assert plan.busy == (2, 13)

@@ -127,7 +127,7 @@ def test_attributes_are_part_of_equality() -> None:
 @BOTH
 def test_layers_of_equal_shape_keep_their_own_nonzeros(tile: int) -> None:
     geometry = ConvGeometry(1, 6, 10, 10, 6, (3, 3), padding=(1, 1, 1, 1))
-    layers = [weights(geometry, tile, seed=seed) for seed in range(3)]
+    layers = [weights(geometry, tile, sparsity=0.5, seed=seed) for seed in range(3)]
     data = data_of(geometry)
     y = x = relay.var("x", shape=data.shape)
     want = data.astype(np.float64)

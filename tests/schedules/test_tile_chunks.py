@@ -22,6 +22,7 @@ from jointsparse.schedules.epilogues import Activation
 from jointsparse.schedules.formats import pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.tile_images import ImageEnds
 from jointsparse.schedules.tiles import CHUNKS
 from jointsparse.schedules.winograd import transform
 from jointsparse.schedules.winograd_plan import winograd_plan
@@ -104,7 +105,9 @@ def kernel(geometry: ConvGeometry, tile: int, target: str) -> tuple[list[NDArray
     constants = [te.placeholder(array.shape, str(array.dtype), f"constant{i}") for i, array in enumerate(arrays)]
     names = ("values", "indices", "indptr", "filters", "bias")
     arguments = Arguments(data=data, **dict(zip(names, constants, strict=True)))
-    result = sparse_winograd.sparse_winograd(arguments, plan=plan, activation=Activation(), prefetch=True)
+    result = sparse_winograd.sparse_winograd(
+        arguments, plan=plan, activation=Activation(), ends=ImageEnds(), prefetch=True
+    )
     return arrays, [data, *constants], result
 
 
