@@ -2,7 +2,8 @@
 
     python benchmarks/calibrate_costs.py [--target "llvm -mcpu=..."] [--json FILE | --fit FILE]
 
-Each kernel runs alone, as a library of one layer (Winograd's of images in tile layout already), on one thread;
+Each kernel runs alone, as a library of one layer (Winograd's of images in tile layout already, also where a
+network would leave them NCHW), on one thread;
 the figure is the least processor time of many runs, because whatever else the machine does only ever adds to it. The
 fit is by non-negative least squares of the relative error. It prints the coefficients for ``passes/costs.py`` and how
 far they are off on the layers measured.

@@ -51,18 +51,20 @@ class _Rewriter(Rewriter):
 
     def _with_result(self, call: relay.Call) -> relay.Call | None:
         """A convolution that writes NCHW, if it can: its residual has to be there like that."""
+        if not self._is_possible(call):
+            return None
         convolution = self.value(call)
         arguments = list(convolution.args)
         if is_call(call, WINOGRAD_ADD):
             if not self._is_to_absorb(call, call.args[-1]):
                 return None
             arguments[-1] = self.value(call.args[-1].args[0])
-        return _with_ends(convolution, arguments, nchw_result=True) if self._is_possible(call) else None
+        return _with_ends(convolution, arguments, nchw_result=True)
 
-    def _is_to_absorb(self, convolution: relay.Call, data: relay.Expr) -> bool:
-        """Whether a convolution is to read what this converts into tiles."""
-        is_conversion = is_call(data, TO_TILES) and plain(data.attrs["offset"]) == (0, 0)
-        return is_conversion and (self.preferred or self.uses[data] == 1) and self._is_possible(convolution)
+    def _is_to_absorb(self, convolution: relay.Call, source: relay.Expr) -> bool:
+        """Whether a convolution is to read, as data or residual, what this converts into tiles."""
+        is_conversion = is_call(source, TO_TILES) and plain(source.attrs["offset"]) == (0, 0)
+        return is_conversion and (self.preferred or self.uses[source] == 1) and self._is_possible(convolution)
 
     def _is_possible(self, convolution: relay.Call) -> bool:
         plan = winograd_plan_of(convolution.attrs)

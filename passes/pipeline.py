@@ -85,6 +85,7 @@ def sparsify(
         BindParameters(params),
         relay.transform.FoldConstant(),
         AbsorbEpilogues(),
+        # First where NCHW is faster, which leaves nothing there to keep in tiles; then at the ends of what is kept so.
         AbsorbConversions(preferred=True),
         KeepTiles(),
         AbsorbConversions(),

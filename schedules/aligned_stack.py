@@ -16,7 +16,7 @@ _OPAQUE_POINTERS = 15  # the LLVM that reads `ptr`
 
 
 def align_stack(ib: tvm.tir.ir_builder.IRBuilder, alignment: int) -> None:
-    """Emit for the function around; costs an address in a register, once.
+    """Emit for the function around; costs an address in a register, wherever it is emitted.
 
     Args:
         alignment: bytes.
@@ -24,7 +24,7 @@ def align_stack(ib: tvm.tir.ir_builder.IRBuilder, alignment: int) -> None:
     if alignment <= _ABI or tvm.target.codegen.llvm_version_major() < _OPAQUE_POINTERS:
         return
     name = f"jointsparse_align_stack_{alignment}"
-    # TVM inlines what it imports. Defined privately, since every kernel of a library brings its own.
+    # TVM inlines what it imports and leaves no symbol of it: every kernel of a library may bring its own.
     function = f"""
         define i32 @{name}() {{
           %object = alloca [{alignment} x i8], align {alignment}

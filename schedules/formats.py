@@ -178,7 +178,8 @@ def _rows(
 def _storage_length(nonzeros: int) -> int:
     """Length to store, at most 1/8 more.
 
-    The length is part of a kernel's type. Rounded, layers of equal shape and like sparsity share one compiled kernel.
+    The length is part of a kernel's type. Rounded, layers of equal shape and like sparsity, with the same idle
+    positions, share one compiled kernel.
     """
     granule = 1 << max(4, nonzeros.bit_length() - 4)
     return -(-max(nonzeros, 1) // granule) * granule

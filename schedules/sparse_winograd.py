@@ -1,5 +1,5 @@
-"""Sparse Winograd convolution F(m x m, r x r) of images in the tile layout of tiles.py, block by block; what is done
-with a block is in winograd_steps.py.
+"""Sparse Winograd convolution F(m x m, r x r) of images in the tile layout of tiles.py or NCHW, block by block; what is
+done with a block is in winograd_steps.py.
 
 It is written in TIR, not TE: a transform has to stay in registers, which needs its sums named and shared, and the
 margins of the layout have to be zeroed by whoever writes the image.
@@ -16,7 +16,7 @@ from tvm import te, tir
 from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .epilogues import Activation
 from .tile_chunks import Chunks
-from .tile_images import ImageEnds, Images
+from .tile_images import ImageEnds, Images, why_not_images
 from .tile_planes import Planes
 from .tiles import CHUNKS
 from .vector_code import VectorCode
@@ -41,8 +41,14 @@ def sparse_winograd(
         prefetch: whether code for the target can fetch ahead.
 
     Returns:
-        (N, K, length) in the plan's layout, zero around the image.
+        (N, K, length) in the plan's layout, zero around the image; or NCHW.
+
+    Raises:
+        ValueError: for images NCHW where the kernel cannot read and write them.
     """
+    reason = why_not_images(plan) if ends != ImageEnds() else None
+    if reason is not None:
+        raise ValueError(f"images NCHW: {reason}")
     return convolution(
         "winograd",
         ends.result_shape(plan),
@@ -117,7 +123,9 @@ class _Kernel:
         code, plan, steps, buffers = self.code, self.plan, self.steps, self.buffers
         inputs = self.ib.allocate("float32", plan.positions * plan.input_stride, name="V", scope="global")._buffer
         products = self.ib.allocate("float32", plan.positions * plan.product_stride, name="M", scope="global")._buffer
-        source, target = self._images(block, self.ends.nchw_data), self._images(block, self.ends.nchw_result)
+        source = target = self._images(block, self.ends.nchw_data)
+        if self.ends.nchw_result != self.ends.nchw_data:
+            target = self._images(block, self.ends.nchw_result)
         with code.loop(self.geometry.in_channels, "c", kind) as c:
             steps.transform_input(c, block.length, source.reader(buffers.data, block.image, c), inputs)
         busy = self._busy_positions()

@@ -3,6 +3,9 @@
 A row of pixels of a vector of tiles is a few vectors that follow each other. Columns of tiles are every m-th of their
 pixels: they are taken apart after the transform of columns, when fewer rows are left, and put together again to be
 written.
+
+How many of a vector of pixels are of the image is known beforehand, for every place, where one chunk is as wide as the
+image (then it may also be half of one) or chunks fill rows; else it is all or none of them, by the place.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ _VECTOR = 16
 """Lanes from which on taking columns apart costs less than a layout of its own for what lies between layers."""
 
 _APART = 1 << 16
-"""Bytes of which no multiple should lie between channels: all would fight for the same ways of L2. Tiles do not."""
+"""No multiple of so many bytes should lie between channels: all would fight for the same ways of L2. In tiles they are
+further apart than their pixels, by what surrounds an image."""
 
 
 def prefers_images(plan: WinogradPlan) -> bool:
@@ -53,12 +57,14 @@ class ImageEnds:
     nchw_result: bool = False
 
     def data_shape(self, plan: WinogradPlan) -> tuple[int, ...]:
+        """(N, C, H, W) or (N, C, length)."""
         geometry = plan.geometry
         if self.nchw_data:
             return geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width
         return plan.layout.shape(geometry.batch, geometry.in_channels)
 
     def result_shape(self, plan: WinogradPlan) -> tuple[int, ...]:
+        """(N, K, H, W) or (N, K, length)."""
         if self.nchw_result:
             return plan.geometry.out_shape
         return plan.layout.shape(plan.geometry.batch, plan.geometry.out_channels)

@@ -85,12 +85,12 @@ class VectorCode:
         self.ib.emit(tir.BufferStore(buffer, value, self.places(*index)))
 
     def split_columns(self, buffer: tir.Buffer, count: int, *index: tir.PrimExpr) -> list[tir.PrimExpr]:
-        """Vectors of every `count`-th element from an index on, one for each remainder."""
+        """Vectors of every `count`-th element from an index on, one for each remainder; a power of two."""
         *outer, last = index
         return self.columns([self.load(buffer, *outer, last + i * self.lanes) for i in range(count)])
 
     def columns(self, pieces: Sequence[tir.PrimExpr]) -> list[tir.PrimExpr]:
-        """Of so many vectors that follow each other, vectors of every so many-th element: a power of two."""
+        """Of c vectors that follow each other, the c vectors of every c-th element; c is a power of two."""
         if self.lanes == 1 or len(pieces) == 1:
             return list(pieces)
         pairs = [self.keep(piece) for piece in pieces]

@@ -21,7 +21,8 @@ from .winograd import transform
 from .winograd_plan import WinogradPlan
 
 Load = Callable[[int, int], tir.PrimExpr]
-"""(row, column) -> pixels of a vector of tiles; rows and columns are counted from a tile's first."""
+"""(row, column) -> pixels of a vector of tiles; rows and columns are counted from a tile's first. In Pixels: (row,
+number) -> one of the vectors that columns are made of."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class WinogradSteps:
     def transform_output(self, k: tir.PrimExpr, vectors: int, products: tir.Buffer, writer: Writer) -> None:
         """``Y = AT M A`` and the bias, for one filter."""
         code, n, m = self.code, self.matrices.n, self.plan.layout.m
+        code.align_stack()
         bias = code.keep(code.splat(self.buffers.bias[k]))
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)

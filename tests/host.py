@@ -11,6 +11,7 @@ HOST = f"llvm -mcpu={tvm.target.codegen.llvm_get_system_cpu()}"
 
 
 def host_has(*features: str) -> bool:
+    """Whether this CPU has all these features, by LLVM's names."""
     return bool(tvm.target.codegen.target_has_features(list(features), tvm.target.Target(HOST)))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tvm
 from numpy.typing import NDArray
-from tvm import relay
+from tvm import relay, te
 from tvm.contrib import graph_executor
 
 from jointsparse.passes.absorb_conversions import AbsorbConversions
@@ -21,6 +21,8 @@ from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
 from jointsparse.passes.keep_tiles import KeepTiles
 from jointsparse.schedules import sparse_winograd
 from jointsparse.schedules.constructors import conv2d_sparse_winograd
+from jointsparse.schedules.convolution_buffers import Arguments
+from jointsparse.schedules.epilogues import Activation
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.tile_images import ImageEnds, why_not_images
@@ -145,10 +147,12 @@ def guarded(shape: tuple[int, ...], at_end: bool) -> NDArray[np.float32]:
 
 def touch_the_ends(target: str) -> None:
     """Run between guarded pages; a process that reads or writes beside its images does not survive it."""
+    touched = 0
     for height, width in SIZES[:6]:
         geometry = geometry_of(height, width, 5, batch=2)
         if why_not_images(winograd_plan(geometry, 4, cpu_facts(target))) is not None:
             continue
+        touched += 1
         through, without = modules(geometry, 4, target)
         want, executor = run(build(through, target), *data_of(geometry)), build(without, target)
         for at_end in (False, True):
@@ -161,6 +165,7 @@ def touch_the_ends(target: str) -> None:
             executor.set_output_zero_copy(0, tvm.nd.from_dlpack(result))
             executor.run()
             np.testing.assert_array_equal(result, want)
+    assert touched
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="guards pages by mprotect")
@@ -168,3 +173,18 @@ def touch_the_ends(target: str) -> None:
 def test_nothing_beside_an_image_is_touched(target: str) -> None:
     call = f"from tests.schedules.test_tile_images import touch_the_ends; touch_the_ends({target!r})"
     subprocess.run([sys.executable, "-c", call], check=True)
+
+
+def test_images_where_it_is_impossible_are_refused() -> None:
+    plan = winograd_plan(geometry_of(28, 28, 3), 4, cpu_facts("llvm -mcpu=skylake-avx512"))
+    arguments = Arguments(
+        **{
+            name: te.placeholder((1,), name=name, dtype=dtype)
+            for name, dtype in (("data", "float32"), ("values", "float32"), ("indices", "int32"), ("bias", "float32"))
+        },
+        indptr=te.placeholder((1,), name="indptr", dtype="int32"),
+    )
+    with pytest.raises(ValueError, match="images NCHW: tiles are not in chunks"):
+        sparse_winograd.sparse_winograd(
+            arguments, plan=plan, activation=Activation(), ends=ImageEnds(nchw_result=True), prefetch=True
+        )
