@@ -126,7 +126,7 @@ def _element(layout: TileLayout, row: tir.PrimExpr, col: int, tile: tir.PrimExpr
 
 
 def _has_whole_vectors(layout: TileLayout) -> bool:
-    """Whether the rows of tiles fill vectors, which then need no clearing."""
+    """Whether the rows of tiles fill one vector at least: whole ones need no clearing, the rest _clear_around does."""
     return layout.grid[0] * layout.cols >= layout.lanes
 
 
