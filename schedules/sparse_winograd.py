@@ -57,7 +57,7 @@ def sparse_winograd(
     )
 
 
-_FAR = 1 << 23
+_FAR = 1 << 22
 """Bytes of an image that is to be fetched ahead: from a larger L2 than there is, of less it hardly gains anything."""
 
 

@@ -21,7 +21,7 @@ class Chunks:
     Args:
         first: first vector, counted from the image's.
         vectors: how many.
-        fetch: whether readers have near by what the vectors behind these will be the first to read.
+        fetch: whether readers have near by what the vectors behind these will read.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Chunks:
             first = code.let(vector // lanes * len(_AROUND))
             chunks = {key: code.let(self.around.vload([first + i])) for i, key in enumerate(_AROUND)}
             if self.fetch:
-                below = self._chunk(vector + (self.vectors * lanes + layout.cols))
+                behind = self._chunk(vector + self.vectors * lanes)
                 for element in range(0, self.size, LINE):
-                    code.fetch(buffer, image, channel, below + element)
+                    code.fetch(buffer, image, channel, behind + element)
 
             def load(row: int, col: int) -> tir.PrimExpr:
                 (down, i), (right, j) = divmod(row, layout.m), divmod(col, layout.m)

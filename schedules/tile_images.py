@@ -85,7 +85,7 @@ class Images:
         layout: in chunks.
         first: first vector, counted from the image's.
         vectors: how many.
-        fetch: whether readers have near by what the vectors behind these will be the first to read.
+        fetch: whether readers have near by what the vectors behind these will read.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Images:
 
         def at_vector(vector: tir.PrimExpr, reach: int) -> Pixels:
             if self.fetch:
-                self._fetch(buffer, image, channel, self._place(vector, self.vectors + self.across))
+                self._fetch(buffer, image, channel, self._place(vector, self.vectors), reach)
             place, m = self._place(vector), self.layout.m
             rows = {i: self._row(place, i) for i in range(-reach, m + reach)}
             load = partial(self._load, buffer, (image, channel), rows, place)
@@ -152,9 +152,12 @@ class Images:
         top = code.let(number // self.across * layout.m)
         return _Place(top, code.let(tir.floormod(number, self.across) * (layout.lanes * layout.m)))
 
-    def _fetch(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr, place: _Place) -> None:
-        for i in range(self.layout.m):
-            for piece in range(self.layout.m):
+    def _fetch(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr, place: _Place, reach: int) -> None:
+        """What a vector reads but for its first rows, which the tiles above have read last: those above it, read first
+        when a row of tiles has gone by, are mostly out of the caches again."""
+        m = self.layout.m
+        for i in (*range(-reach, 0), *range(reach, m + reach)):
+            for piece in range(m):
                 self.code.fetch(buffer, image, channel, place.top + i, place.left + piece * self.layout.lanes)
 
     def _row(self, place: _Place, i: int) -> tuple[tir.PrimExpr, tir.PrimExpr | None]:
