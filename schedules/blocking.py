@@ -10,6 +10,10 @@ PARALLEL_BLOCKS = 4
 """With this many blocks or more, blocks run in parallel; with fewer, what there is to do in a block."""
 
 
+PARTS = 8
+"""Into how many parts channels or filters are split to run in parallel."""
+
+
 class Cpu(Protocol):
     """The part of targets.CpuFacts used here."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from .blocking import PARALLEL_BLOCKS, Cpu
+from .blocking import PARALLEL_BLOCKS, PARTS, Cpu
 from .geometry import ConvGeometry, round_up
 
 _FLOAT = 4  # bytes
@@ -16,9 +16,6 @@ _FAR = 1024 * 1024  # bytes of input, of which rows read again are no longer nea
 
 _PANELS = (1, 2, 4, 8)
 """Panels tried in a block."""
-
-FILTER_CHUNKS = 8
-"""Into how many parts filters are split to run in parallel."""
 
 _THREADS = (1, 2, 4)
 _IDLE = 0.3
@@ -275,7 +272,7 @@ def _nanoseconds(plan: DirectPlan, cpu: Cpu) -> float:
     work = down * across * (geometry.out_channels * (products + sums) + packing)
     if plan.blocks_in_parallel:
         return work * (1 + _IDLE * _idle(geometry.batch * down * across))
-    return work * (1 + _IDLE * _idle(min(FILTER_CHUNKS, geometry.out_channels))) + _LAUNCH * down * across
+    return work * (1 + _IDLE * _idle(min(PARTS, geometry.out_channels))) + _LAUNCH * down * across
 
 
 def _idle(parts: int) -> float:

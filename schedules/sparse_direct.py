@@ -19,10 +19,11 @@ import tvm
 from tvm import te, tir
 
 from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
-from .direct_plan import FILTER_CHUNKS, DirectPlan
+from .blocking import PARTS
+from .direct_plan import DirectPlan
 from .epilogues import Activation
 from .row_code import copy_every, each_run, each_vector
-from .vector_code import VectorCode
+from .vector_code import VectorCode, part_of
 
 
 def sparse_direct(
@@ -113,16 +114,16 @@ class _Kernel:
         plan = self.plan
         with self.code.loop(plan.channel_blocks, "c") as channels:
             first = channels * plan.channels
-            self._pack(work, first, _part(plan.channels, self.geometry.in_channels, first), "serial")
+            self._pack(work, first, part_of(plan.channels, self.geometry.in_channels, first), "serial")
             self._add_products(work, channels, 0, self.geometry.out_channels)
 
     def _chunks_of_filters(self, work: _Work) -> None:
         filters = self.geometry.out_channels
-        chunk = -(-filters // FILTER_CHUNKS)
+        chunk = -(-filters // PARTS)
         with self.code.loop(-(-filters // chunk), "chunk", "parallel") as part:
             first = part * chunk
             with self.code.loop(self.plan.channel_blocks, "c") as channels:
-                self._add_products(work, channels, first, _part(chunk, filters, first))
+                self._add_products(work, channels, first, part_of(chunk, filters, first))
 
     def _grouped_filters(self, work: _Work, kind: str) -> None:
         """A filter reads the channels of its group only, and a block of channels is of whole groups."""
@@ -260,7 +261,7 @@ class _Kernel:
         """Residual, activation, and the outputs of a block into their image."""
         plan, geometry = self.plan, self.geometry
         widths = [_outputs_across(plan, across) for across in range(plan.blocks[1])]
-        with self.code.loop(_part(plan.rows, geometry.out_height, work.block.top), "row") as row:
+        with self.code.loop(part_of(plan.rows, geometry.out_height, work.block.top), "row") as row:
             place = (work.block.top + row, self._sum(k) + row * plan.cols)
             each_run(self.ib, work.block.across, widths, partial(self._finish_row, work, k, *place))
 
@@ -307,8 +308,3 @@ def _spans(plan: DirectPlan, across: int) -> tuple[_Span, ...]:
 def _outputs_across(plan: DirectPlan, across: int) -> int:
     """Columns of a block that are in the image."""
     return min(plan.cols, plan.geometry.out_width - across * plan.cols) if plan.packed else plan.cols
-
-
-def _part(size: int, of: int, first: tir.PrimExpr) -> tir.PrimExpr:
-    """How many of `of` are in the part from `first` on, of `size` but for the last."""
-    return tir.const(size, "int32") if of % size == 0 else tir.min(size, of - first)

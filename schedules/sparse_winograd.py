@@ -7,7 +7,9 @@ margins of the layout have to be zeroed by whoever writes the image.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import tvm
@@ -19,9 +21,9 @@ from .tile_chunks import Chunks
 from .tile_images import ImageEnds, Images, why_not_images
 from .tile_planes import Planes
 from .tiles import CHUNKS
-from .vector_code import VectorCode
+from .vector_code import VectorCode, part_of
 from .winograd_plan import WinogradPlan
-from .winograd_steps import Own, Reader, Store, WinogradSteps, Writer
+from .winograd_steps import Inputs, Own, Reader, Store, WinogradSteps, Writer
 
 
 def sparse_winograd(
@@ -98,43 +100,76 @@ class _Kernel:
         self.steps = WinogradSteps(self.code, plan, buffers)
 
     def emit(self) -> tir.Stmt:
-        images, blocks = self.geometry.batch, self.blocking.blocks
         if self.plan.blocks_in_parallel:
-            with self.code.loop(images * blocks, "block", "parallel") as i:
-                self._block_of_any_length(i // blocks, tir.floormod(i, blocks), "serial")
+            self._blocks_in_parallel()
         else:
-            with self.code.loop(images * blocks, "block") as i:
-                self._block_of_any_length(i // blocks, tir.floormod(i, blocks), "parallel")
+            self._parts_in_parallel()
         return self.ib.get()
 
-    def _block_of_any_length(self, image: tir.PrimExpr, number: tir.PrimExpr, kind: str) -> None:
-        whole, last = self.blocking.vectors, self.blocking.last
-        first = self.code.let(number * whole)
-        if whole == last:
-            self._block(_Block(image, first, whole), kind)
-            return
-        with self.ib.if_scope(number < self.blocking.blocks - 1):
-            self._block(_Block(image, first, whole), kind)
-        with self.ib.else_scope():
-            self._block(_Block(image, first, last), kind)
+    def _blocks_in_parallel(self) -> None:
+        plan = self.plan
+        with self.code.loop(plan.all_blocks, "block", "parallel") as number:
+            inputs = Inputs(self._allocate("V", plan.inputs_size))
 
-    def _block(self, block: _Block, kind: str) -> None:
-        """All three steps; each goes over what can be done in parallel, `kind` says whether it is."""
-        code, plan, steps, buffers = self.code, self.plan, self.steps, self.buffers
-        inputs = self.ib.allocate("float32", plan.positions * plan.input_stride, name="V", scope="global")._buffer
-        products = self.ib.allocate("float32", plan.positions * plan.product_stride, name="M", scope="global")._buffer
-        source = target = self._images(block, self.ends.nchw_data)
-        if self.ends.nchw_result != self.ends.nchw_data:
-            target = self._images(block, self.ends.nchw_result)
-        with code.loop(self.geometry.in_channels, "c", kind) as c:
-            steps.transform_input(c, block.length, source.reader(buffers.data, block.image, c), inputs)
+            def compute(block: _Block) -> None:
+                self._transform(block, tir.const(0, "int32"), inputs)
+                self._compute(block, tir.const(0, "int32"), inputs)
+
+            self._of_any_length(number, compute)
+
+    def _parts_in_parallel(self) -> None:
+        """Of channels, then of filters; by blocks, so that threads mostly read what they have written."""
+        plan = self.plan
+        inputs = self._allocate("V", plan.all_blocks * plan.inputs_size)
+        for step in (self._transform, self._compute):
+            with self.code.loop(plan.all_blocks * plan.parts, "part", "parallel") as i:
+                number, part = self.code.let(i // plan.parts), self.code.let(tir.floormod(i, plan.parts))
+                own = Inputs(inputs, self.code.let(number * plan.inputs_size))
+                self._of_any_length(number, partial(step, part=part, inputs=own))
+
+    def _of_any_length(self, number: tir.PrimExpr, emit: Callable[[_Block], None]) -> None:
+        """Emit for a block; the last of an image may be shorter."""
+        whole, last, blocks = self.blocking.vectors, self.blocking.last, self.blocking.blocks
+        image, within = self.code.let(number // blocks), self.code.let(tir.floormod(number, blocks))
+        first = self.code.let(within * whole)
+        if whole == last:
+            emit(_Block(image, first, whole))
+            return
+        with self.ib.if_scope(within < blocks - 1):
+            emit(_Block(image, first, whole))
+        with self.ib.else_scope():
+            emit(_Block(image, first, last))
+
+    def _transform(self, block: _Block, part: tir.PrimExpr, inputs: Inputs) -> None:
+        """A part of the channels."""
+        code, plan = self.code, self.plan
+        with self.ib.if_scope(part == 0):
+            self.steps.clear_fill(inputs)
+        source, first = self._images(block, self.ends.nchw_data), code.let(part * plan.part_channels)
+        count, all_channels = tir.const(plan.part_channels, "int32"), self.geometry.in_channels
+        if plan.parts * plan.part_channels > all_channels:
+            # For the last parts there may be none left.
+            count = tir.max(0, tir.min(count, all_channels - first))
+        with code.loop(count, "c") as within:
+            c = code.let(first + within)
+            self.steps.transform_input(c, block.length, source.reader(self.buffers.data, block.image, c), inputs)
+
+    def _compute(self, block: _Block, part: tir.PrimExpr, inputs: Inputs) -> None:
+        """A part of the filters."""
+        code, plan = self.code, self.plan
+        products = self._allocate("M", plan.positions * plan.product_stride)
         busy = self._busy_positions()
-        with code.loop(len(plan.busy), "number", kind) as number:
+        with code.loop(len(plan.busy), "number") as number:
             here, following = (code.let(busy.vload([number + ahead])) for ahead in (0, 1))
-            steps.multiply(here, following, block.length, inputs, products)
-        with code.loop(self.geometry.out_channels, "k", kind) as k:
-            target.clear(buffers.result, block.image, k)
-            steps.transform_output(k, block.length, products, self._writer(target, block.image, k))
+            self.steps.multiply(here, following, part, block.length, inputs, products)
+        target, first = self._images(block, self.ends.nchw_result), code.let(part * plan.part_filters)
+        with code.loop(part_of(plan.part_filters, self.geometry.out_channels, first), "k") as row:
+            k = code.let(first + row)
+            target.clear(self.buffers.result, block.image, k)
+            self.steps.transform_output(k, row, block.length, products, self._writer(target, block.image, k))
+
+    def _allocate(self, name: str, elements: int) -> tir.Buffer:
+        return self.ib.allocate("float32", elements, name=name, scope="global")._buffer
 
     def _busy_positions(self) -> tir.Buffer:
         """And behind them once more the last, for what is fetched ahead."""

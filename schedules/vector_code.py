@@ -17,6 +17,11 @@ LINE = 16
 """Floats of a line of the caches, by which they are fetched."""
 
 
+def part_of(size: int, of: int, first: tir.PrimExpr) -> tir.PrimExpr:
+    """How many of `of` are in the part from `first` on, of `size` but for the last."""
+    return tir.const(size, "int32") if of % size == 0 else tir.min(size, of - first)
+
+
 class VectorCode:
     """Emits loads, stores and arithmetic on float32 vectors of one length.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from .blocking import PARALLEL_BLOCKS, Cpu, WinogradBlocking, winograd_blocking
+from .blocking import PARALLEL_BLOCKS, PARTS, Cpu, WinogradBlocking, winograd_blocking
 from .geometry import ConvGeometry
 from .tiles import SPREAD, TileLayout, tile_layout
 
@@ -49,9 +49,9 @@ class WinogradPlan:
 
     @property
     def blocks_in_parallel(self) -> bool:
-        """Whether each block is computed from beginning to end by one thread; otherwise the steps of a block are
-        parallel, over channels, positions and filters."""
-        return self.geometry.batch * self.blocking.blocks >= PARALLEL_BLOCKS
+        """Whether each block is computed from beginning to end by one thread; otherwise parts of the channels of all
+        blocks are transformed in parallel, then parts of the filters computed."""
+        return self.all_blocks >= PARALLEL_BLOCKS
 
     @property
     def positions(self) -> int:
@@ -74,6 +74,36 @@ class WinogradPlan:
         return -(-self.geometry.out_channels // self.blocking.together)
 
     @property
+    def all_blocks(self) -> int:
+        """Of all images."""
+        return self.geometry.batch * self.blocking.blocks
+
+    @property
+    def parts(self) -> int:
+        """Of the filters, of which a thread computes some; and of the channels."""
+        return -(-self.bundles // self.part_bundles)
+
+    @property
+    def part_bundles(self) -> int:
+        """Bundles of a part; the last may have fewer."""
+        return -(-self.bundles // (1 if self.blocks_in_parallel else PARTS // self.all_blocks))
+
+    @property
+    def part_channels(self) -> int:
+        """Channels of a part; the last may have fewer, or none."""
+        return -(-self.geometry.in_channels // self.parts)
+
+    @property
+    def part_filters(self) -> int:
+        """Filters of a part; the last may have fewer."""
+        return min(self.part_bundles * self.blocking.together, self.geometry.out_channels)
+
+    @property
+    def inputs_size(self) -> int:
+        """Floats of the transformed input of a block."""
+        return self.positions * self.input_stride
+
+    @property
     def index_unit(self) -> int:
         """Floats that the index of a non-zero counts: two, times eight bytes an address can be made without a shift."""
         return 2 if self.tiles % 2 == 0 else 1
@@ -90,8 +120,8 @@ class WinogradPlan:
 
     @property
     def product_stride(self) -> int:
-        """Floats of a position of the products: all filters, and one that takes what fills a bundle up."""
-        return (self.geometry.out_channels + 1) * self.tiles + _SKEW
+        """Floats of a position of the products: a part's filters, and one that takes what fills a bundle up."""
+        return (self.part_filters + 1) * self.tiles + _SKEW
 
 
 @cache

@@ -16,7 +16,7 @@ from itertools import chain
 from tvm import tir
 
 from .convolution_buffers import ConvolutionBuffers
-from .vector_code import LINE, VectorCode
+from .vector_code import LINE, VectorCode, part_of
 from .winograd import transform
 from .winograd_plan import WinogradPlan
 
@@ -49,6 +49,15 @@ Reader = Callable[[tir.PrimExpr, int], Pixels]
 Writer = Callable[[tir.PrimExpr], Store]
 """(first tile of a vector) -> how its pixels are written."""
 
+
+@dataclass(frozen=True)
+class Inputs:
+    """The transformed input of a block: from `first` on."""
+
+    buffer: tir.Buffer
+    first: tir.PrimExpr | int = 0
+
+
 _VALUES_AHEAD = 256
 """Non-zeros from the one that is used to the one that is fetched: in a network weights come from beyond L2."""
 
@@ -65,13 +74,22 @@ class WinogradSteps:
         self.matrices = transform(plan.layout.m, plan.geometry.kernel[0])
         self.reach = (plan.geometry.kernel[0] - 1) // 2
 
-    def transform_input(self, c: tir.PrimExpr, vectors: int, reader: Reader, inputs: tir.Buffer) -> None:
+    def clear_fill(self, inputs: Inputs) -> None:
+        """The channel of zeros behind the others."""
+        plan, code = self.plan, self.code
+        behind = inputs.first + plan.geometry.in_channels * plan.tiles
+        with code.loop(plan.positions, "position") as position:
+            for t in range(plan.blocking.vectors):
+                place = behind + position * plan.input_stride + t * code.lanes
+                code.store(inputs.buffer, code.splat(0.0), place)
+
+    def transform_input(self, c: tir.PrimExpr, vectors: int, reader: Reader, inputs: Inputs) -> None:
         """``V = BT d B`` for one channel."""
         code, n = self.code, self.matrices.n
         code.align_stack()
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
-            target = code.let(c * self.plan.tiles + vector)
+            target = code.let(inputs.first + c * self.plan.tiles + vector)
             pixels = reader(vector, self.reach)
             columns = [code.product(self.matrices.BT, partial(self._pixel, pixels, v)) for v in pixels.loaded]
             for u in range(n):
@@ -79,15 +97,21 @@ class WinogradSteps:
                 row = code.product(self.matrices.BT, of_tiles.__getitem__)
                 for v in range(n):
                     if u * n + v not in self.plan.idle:
-                        code.store(inputs, row[v], (u * n + v) * self.plan.input_stride + target)
+                        code.store(inputs.buffer, row[v], (u * n + v) * self.plan.input_stride + target)
 
     def _pixel(self, pixels: Pixels, v: int, u: int) -> tir.PrimExpr:
         return pixels.load(u - self.reach, v)
 
     def multiply(
-        self, xi: tir.PrimExpr, following: tir.PrimExpr, vectors: int, inputs: tir.Buffer, products: tir.Buffer
+        self,
+        xi: tir.PrimExpr,
+        following: tir.PrimExpr,
+        part: tir.PrimExpr,
+        vectors: int,
+        inputs: Inputs,
+        products: tir.Buffer,
     ) -> None:
-        """``M = U V`` at one position: sums in registers, non-zeros outside, vectors inside.
+        """``M = U V`` at one position for a part of the filters: sums in registers, non-zeros outside, vectors inside.
 
         Args:
             following: the position that comes next.
@@ -95,27 +119,26 @@ class WinogradSteps:
         code, plan, together = self.code, self.plan, self.plan.blocking.together
         buffers = self.buffers
         assert buffers.filters is not None
-        base, target = code.let(xi * plan.input_stride), code.let(xi * plan.product_stride)
-        for t in range(vectors):
-            code.store(inputs, code.splat(0.0), base + plan.geometry.in_channels * plan.tiles + t * code.lanes)
-        with code.loop(plan.bundles, "bundle") as i:
-            bundle = code.let(xi * plan.bundles + i)
+        base, target = code.let(inputs.first + xi * plan.input_stride), code.let(xi * plan.product_stride)
+        begin = part * plan.part_bundles
+        with code.loop(part_of(plan.part_bundles, plan.bundles, begin), "bundle") as within:
+            bundle = code.let(xi * plan.bundles + begin + within)
             first = code.let(buffers.indptr[bundle])
             count = code.let(buffers.indptr[bundle + 1] - first)
             sums = [code.array(vectors, "sums") for _ in range(together)]
             for one in chain(*sums):
                 code.set(one, code.splat(0.0))
-            self._fetch_next(inputs, following * plan.input_stride, i)
+            self._fetch_next(inputs.buffer, inputs.first + following * plan.input_stride, within)
             # In 64 bits, so that what is added to it becomes part of an address.
-            begin = code.let(tir.Cast("int64", first * together))
+            start = code.let(tir.Cast("int64", first * together))
             with code.loop(count, "e") as e:
-                entry = code.let(begin + tir.Cast("int64", e) * together)
+                entry = code.let(start + tir.Cast("int64", e) * together)
                 code.fetch(buffers.values, entry + _VALUES_AHEAD)
                 for r in range(together):
                     operand = code.let(base + tir.Cast("int32", buffers.indices[entry + r]) * plan.index_unit)
                     weight = code.keep(code.splat(buffers.values[entry + r]))
                     for t, one in enumerate(sums[r]):
-                        code.set(one, one + weight * code.load(inputs, operand + t * code.lanes))
+                        code.set(one, one + weight * code.load(inputs.buffer, operand + t * code.lanes))
             for r in range(together):
                 filter_ = buffers.filters[bundle * together + r]
                 row = code.let(target + filter_ * plan.tiles)
@@ -124,18 +147,24 @@ class WinogradSteps:
 
     def _fetch_next(self, inputs: tir.Buffer, base: tir.PrimExpr, bundle: tir.PrimExpr) -> None:
         """Of the transformed input of the next position, the part of one bundle: before it is needed."""
-        lines = -(-self.plan.input_stride // (self.plan.bundles * LINE))
+        lines = -(-self.plan.input_stride // (self.plan.part_bundles * LINE))
         for line in range(lines):
             self.code.fetch(inputs, base + (bundle * lines + line) * LINE)
 
-    def transform_output(self, k: tir.PrimExpr, vectors: int, products: tir.Buffer, writer: Writer) -> None:
-        """``Y = AT M A`` and the bias, for one filter."""
+    def transform_output(
+        self, k: tir.PrimExpr, row: tir.PrimExpr, vectors: int, products: tir.Buffer, writer: Writer
+    ) -> None:
+        """``Y = AT M A`` and the bias, for one filter.
+
+        Args:
+            row: the filter's among the products.
+        """
         code, n, m = self.code, self.matrices.n, self.plan.layout.m
         code.align_stack()
         bias = code.keep(code.splat(self.buffers.bias[k]))
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
-            source, store = code.let(k * self.plan.tiles + vector), writer(vector)
+            source, store = code.let(row * self.plan.tiles + vector), writer(vector)
 
             def at_position(v: int, u: int) -> tir.PrimExpr:
                 return code.load(products, (u * n + v) * self.plan.product_stride + source)
