@@ -1,12 +1,13 @@
-"""Measure the kernels on this machine and fit the cost model's coefficients.
+"""Measure the kernels on this machine: a log that the choice of kernels goes by, and the cost model's coefficients.
 
-    python benchmarks/calibrate_costs.py [--target "llvm -mcpu=..."] [--json FILE | --fit FILE]
+    python -m benchmarks.calibrate_costs [--target "llvm -mcpu=..."] [--log FILE | --fit FILE | --check FILE]
 
-Each kernel runs alone, as a library of one layer (Winograd's of images in tile layout already, also where a
-network would leave them NCHW), on one thread;
-the figure is the least processor time of many runs, because whatever else the machine does only ever adds to it. The
-fit is by non-negative least squares of the relative error. It prints the coefficients for ``passes/costs.py`` and how
-far they are off on the layers measured.
+The layers are those of the benchmark's networks, and some more. Each kernel runs alone, as a library of one layer
+(Winograd's on images in the layout that a network would have), on one thread; the figure is the least processor time
+of many runs, because whatever else the machine does only ever adds to it. --log writes them for ``tuning_logs/``. The
+fit is by non-negative least squares of the relative error; it prints the coefficients for ``passes/costs.py`` and how
+far they are off on the layers measured. --check measures again, at more sparsities, and tells how much slower than the
+best alternative the kernels are that a log makes the choice take.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 os.environ["TVM_NUM_THREADS"] = "1"
@@ -29,8 +30,15 @@ from scipy.optimize import least_squares, nnls
 from tvm import relay
 from tvm.contrib import graph_executor
 
+from benchmarks import networks
+from jointsparse.frontends import onnx_import
+from jointsparse.frontends.engines.machine import machine
+from jointsparse.frontends.outputs import replacing
+from jointsparse.passes import sparsify
+from jointsparse.passes.absorb_conversions import AbsorbConversions
 from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
-from jointsparse.passes.costs import Coefficients, LinearCostModel, counts, family, kind
+from jointsparse.passes.costs import Coefficients, CostModel, LinearCostModel, counts, family, kind
+from jointsparse.passes.measured_costs import Log, Measured, MeasuredCostModel, dump, load
 from jointsparse.passes.plan import DENSE, DIRECT, TILE, WINOGRAD
 from jointsparse.schedules.attributes import winograd_plan_of
 from jointsparse.schedules.constructors import (
@@ -40,6 +48,7 @@ from jointsparse.schedules.constructors import (
     why_not_winograd,
 )
 from jointsparse.schedules.geometry import ConvGeometry
+from jointsparse.schedules.operators import WINOGRAD as WINOGRAD_OPERATOR
 from jointsparse.schedules.targets import cpu_facts
 
 # What each kind of kernel is charged for.
@@ -56,7 +65,14 @@ TERMS = {
     "winograd_f4": ("vectors", "entries", "far_entries", "rows", "inputs", "outputs", "fixed"),
 }
 
-SPARSITIES = (0.0, 0.5, 0.8, 0.95)
+SPARSITIES = (0.0, 0.4, 0.8, 0.95)
+WORST = 20
+"""Cases told of a check."""
+
+CHECKED = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+
+SECONDS = 0.15
+"""Spent on one measurement, at least."""
 
 
 def square(channels: int, filters: int, size: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> ConvGeometry:
@@ -156,31 +172,35 @@ def library(kernel: str, geometry: ConvGeometry, sparsity: float, target: tvm.ta
     elif kernel == DIRECT:
         body = conv2d_sparse_direct(data, weight, geometry, target)
     else:
-        body, data_shape = in_tiles(conv2d_sparse_winograd(data, weight, geometry, TILE[kernel], target))
+        body, data_shape = as_in_a_network(conv2d_sparse_winograd(data, weight, geometry, TILE[kernel], target))
     if kernel not in TILE:
-        # As in a network: with the usual epilogue.
+        # With the usual epilogue.
         body = relay.nn.relu(body)
     with tvm.transform.PassContext(opt_level=3):
         built = relay.build(AbsorbEpilogues()(tvm.IRModule.from_expr(body)), target=target)
     return built, data_shape, weight.size if kernel == DENSE else int(np.count_nonzero(weight))
 
 
-def in_tiles(image: relay.Expr) -> tuple[relay.Expr, tuple[int, ...]]:
-    """A Winograd convolution without the conversions around it, which stay away in a network; shape of its data."""
-    convolution = image.args[0]
+def as_in_a_network(image: relay.Expr) -> tuple[relay.Expr, tuple[int, ...]]:
+    """A Winograd convolution without the conversions around it, on NCHW images or on tiles; shape of its data."""
+    absorbed = AbsorbConversions(preferred=True)(tvm.IRModule.from_expr(image))["main"].body
+    convolution = absorbed if absorbed.op.name == WINOGRAD_OPERATOR else absorbed.args[0]
+    if absorbed is convolution:
+        return convolution, tuple(int(size) for size in convolution.args[0].checked_type.shape)
     plan = winograd_plan_of(convolution.attrs)
     shape = plan.layout.shape(plan.geometry.batch, plan.geometry.in_channels)
     arguments = [relay.var("x", shape=shape), *convolution.args[1:]]
     return relay.Call(convolution.op, arguments, convolution.attrs), shape
 
 
-def seconds(built, data_shape: tuple[int, ...], repeat: int) -> float:
+def seconds(built, data_shape: tuple[int, ...]) -> float:
     """The least processor time of one run, which other programs on the machine disturb less than the clock's."""
     executor = graph_executor.GraphModule(built["default"](tvm.cpu()))
     executor.set_input("x", np.random.default_rng(1).standard_normal(data_shape).astype(np.float32))
     executor.run()
-    number = max(1, int(2e-4 / timed(executor.run, 1)))
-    return min(timed(executor.run, number) for _ in range(repeat))
+    first = timed(executor.run, 1)
+    number = max(1, int(2e-4 / first))
+    return min(timed(executor.run, number) for _ in range(max(3, int(SECONDS / (number * first)))))
 
 
 def timed(run: Callable[[], None], number: int) -> float:
@@ -190,41 +210,58 @@ def timed(run: Callable[[], None], number: int) -> float:
     return (time.thread_time() - start) / number
 
 
-def measurements(target: tvm.target.Target, repeat: int) -> Iterator[dict]:
-    """One record for each layer, kernel and sparsity."""
-    for geometry in LAYERS:
+def network_layers(target: tvm.target.Target) -> Iterator[ConvGeometry]:
+    """The layers of the benchmark's networks."""
+    for name, network in networks.NETWORKS.items():
+        mod, params = onnx_import.to_relay(networks.dense_model(network), name)
+        for layer in sparsify(mod, params, target, "dense")[2]:
+            batch, channels, height, width = (*layer.input_shape, 1, 1)[:4]
+            filters, _, *kernel = (*layer.weight_shape, 1, 1)[:4]
+            yield ConvGeometry(
+                batch,
+                channels,
+                height,
+                width,
+                filters,
+                tuple(kernel),
+                layer.strides or (1, 1),
+                layer.padding or (0, 0, 0, 0),
+                layer.dilation or (1, 1),
+                layer.groups or 1,
+            )
+
+
+def measure(
+    layers: Iterable[ConvGeometry], sparsities: Sequence[float], target: tvm.target.Target, known: Log
+) -> Iterator[Measured]:
+    """Every kernel of every layer, but for those known."""
+    for geometry in layers:
         kernels = [DENSE, DIRECT, *(k for m, k in WINOGRAD.items() if why_not_winograd(geometry, m) is None)]
         for kernel in kernels:
-            for sparsity in SPARSITIES if kernel != DENSE else (0.0,):
+            if (kernel, geometry) in known:
+                continue
+            times = {}
+            for sparsity in sparsities if kernel != DENSE else (0.0,):
                 built, shape, nonzeros = library(kernel, geometry, sparsity, target)
-                record = {
-                    "kernel": kernel,
-                    "geometry": geometry,
-                    "sparsity": sparsity,
-                    "nonzeros": nonzeros,
-                    "seconds": seconds(built, shape, repeat),
-                }
-                print(
-                    f"{kernel:12} {geometry.weight_shape} at {geometry.in_height}x{geometry.in_width}, stride "
-                    f"{geometry.strides[0]}, {sparsity:.0%} zeros: {1e3 * record['seconds']:.3f} ms",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                yield record
+                times[nonzeros] = seconds(built, shape)
+            said = ", ".join(f"{1e3 * time:.3f} ms with {nonzeros}" for nonzeros, time in times.items())
+            place = f"{geometry.in_height}x{geometry.in_width}, stride {geometry.strides[0]}"
+            print(f"{kernel:12} {geometry.weight_shape} at {place}: {said}", file=sys.stderr, flush=True)
+            yield Measured.of(kernel, geometry, times)
 
 
-def fit(records: list[dict], target: tvm.target.Target) -> tuple[Coefficients, dict[str, float]]:
+def fit(log: Log, target: tvm.target.Target) -> tuple[Coefficients, dict[str, float]]:
     """Coefficients by kind of kernel, and the mean relative error of each."""
     cpu = cpu_facts(target)
     coefficients, errors = {}, {}
     for name, terms in TERMS.items():
-        mine = [r for r in records if kind(r["kernel"], r["geometry"]) == name]
-        rows = [counts(r["kernel"], r["geometry"], r["nonzeros"], cpu) for r in mine]
-        nanoseconds = np.array([1e9 * r["seconds"] for r in mine])
+        mine = [one for one in log.values() if kind(one.kernel, one.geometry) == name]
+        rows = [counts(one.kernel, one.geometry, nonzeros, cpu) for one in mine for nonzeros in one.nonzeros]
+        nanoseconds = np.array([1e9 * seconds for one in mine for seconds in one.seconds])
         amounts = np.array([[row[term] for term in terms] for row in rows], float) / nanoseconds[:, None]
         # Columns of like size, for the solver's sake.
-        scale = np.linalg.norm(amounts, axis=0)
-        start = nnls(amounts / scale, np.ones(len(mine)))[0]
+        scale = np.maximum(np.linalg.norm(amounts, axis=0), 1e-30)
+        start = nnls(amounts / scale, np.ones(len(rows)))[0]
         # Ratios, not differences: half and twice the time are equally wrong.
         solution = least_squares(_LogRatio(amounts / scale), start + 1e-6, bounds=(0, np.inf)).x
         coefficients[name] = {
@@ -246,48 +283,72 @@ class _LogRatio:
         return np.log(np.maximum(self.amounts @ coefficients, 1e-9))
 
 
-def regret(records: list[dict], coefficients: Coefficients, target: tvm.target.Target) -> list[float]:
-    """For each layer and sparsity: the time of the kernel that the model would choose over the least time."""
-    model = LinearCostModel({family(cpu_facts(target)): coefficients})
-    by_geometry: dict[ConvGeometry, list[dict]] = {}
-    for record in records:
-        by_geometry.setdefault(record["geometry"], []).append(record)
-    ratios = []
-    for geometry, mine in by_geometry.items():
-        dense = [r for r in mine if r["kernel"] == DENSE]
-        for sparsity in SPARSITIES:
-            rivals = dense + [r for r in mine if r["kernel"] != DENSE and r["sparsity"] == sparsity]
-            chosen = min(rivals, key=lambda r: model.cost(r["kernel"], geometry, r["nonzeros"], target))
-            ratios.append(chosen["seconds"] / min(r["seconds"] for r in rivals))
-    return ratios
+def regrets(log: Log, model: CostModel, target: tvm.target.Target) -> Iterator[tuple[float, ConvGeometry, str, str]]:
+    """For each layer and sparsity, the time of the kernel that a model would choose over the least time measured, the
+    layer, and both kernels with their share of zeros."""
+    for geometry in dict.fromkeys(geometry for _, geometry in log):
+        mine = [one for one in log.values() if one.geometry == geometry]
+        dense, *sparse = sorted(mine, key=lambda one: one.kernel != DENSE)
+        for i in range(len(sparse[0].nonzeros) if sparse else 0):
+            times = {DENSE: dense.seconds[0]} | {one.kernel: one.seconds[i] for one in sparse}
+            costs = {DENSE: model.cost(DENSE, geometry, dense.nonzeros[0], target)}
+            costs |= {one.kernel: model.cost(one.kernel, geometry, one.nonzeros[i], target) for one in sparse}
+            chosen, best = (min(by, key=by.__getitem__) for by in (costs, times))
+            zeros = f"{1 - sparse[0].nonzeros[i] / sparse[0].nonzeros[-1]:.0%} zeros"
+            yield times[chosen] / times[best], geometry, f"{chosen}, {zeros}", best
+
+
+def tell(log: Log, model: CostModel, target: tvm.target.Target) -> None:
+    """How much slower than the best the choice by a model is, by a log."""
+    found = sorted(regrets(log, model, target), key=lambda one: -one[0])
+    ratios = np.array([one[0] for one in found])
+    print(
+        f"# Chosen by it against the best: {np.exp(np.mean(np.log(ratios))):.3f} times its time on average, "
+        f"{max(ratios):.2f} at worst, within 5 % in {np.mean(ratios <= 1.05):.1%} of {len(ratios)} cases."
+    )
+    for ratio, geometry, chosen, best in found[:WORST]:
+        if ratio > 1.05:
+            place = f"{geometry.weight_shape} at {geometry.in_height}x{geometry.in_width}"
+            print(f"#   {ratio:.2f}: {place}, {chosen}; best {best}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=f"llvm -mcpu={tvm.target.codegen.llvm_get_system_cpu()}")
-    parser.add_argument("--repeat", type=int, default=60, help="timings, of which the least counts")
-    parser.add_argument("--json", type=Path, help="write every measurement here")
-    parser.add_argument("--fit", type=Path, help="fit measurements written by --json before, instead of measuring")
+    parser.add_argument("--log", type=Path, help="write measurements here, and go on from them")
+    parser.add_argument("--fit", type=Path, help="fit a log written before, instead of measuring")
+    parser.add_argument("--check", type=Path, help="measure the choice by a log written before")
     arguments = parser.parse_args()
     target = tvm.target.Target(arguments.target)
-    if arguments.fit:
-        plain = json.loads(arguments.fit.read_text())
-        records = [r | {"geometry": ConvGeometry(**r["geometry"])} for r in plain]
-    else:
-        records = list(measurements(target, arguments.repeat))
-    if arguments.json:
-        plain = [r | {"geometry": vars(r["geometry"])} for r in records]
-        arguments.json.write_text(json.dumps(plain, indent=1))
-    coefficients, errors = fit(records, target)
+    of_networks = list(dict.fromkeys(network_layers(target)))
+    if arguments.check:
+        chosen_by = MeasuredCostModel({family(cpu_facts(target)): load(arguments.check.read_text())})
+        tell(_by_layer(measure(of_networks, CHECKED, target, {})), chosen_by, target)
+        return
+    log = dict(load(arguments.fit.read_text())) if arguments.fit else {}
+    if not arguments.fit:
+        log = measured_log(arguments.log, dict.fromkeys((*of_networks, *LAYERS)), target)
+    coefficients, errors = fit(log, target)
     print(f'    "{family(cpu_facts(target))}": {{')
     for name, terms in coefficients.items():
         print(f'        "{name}": {json.dumps(terms)},  # mean error {errors[name]:.0%}')
     print("    },")
-    ratios = regret(records, coefficients, target)
-    print(
-        f"# Chosen by this model against the best: {np.exp(np.mean(np.log(ratios))):.3f} times its time on average, "
-        f"{max(ratios):.2f} at worst, within 5 % in {np.mean(np.array(ratios) <= 1.05):.0%} of {len(ratios)} cases."
-    )
+    tell(log, LinearCostModel({family(cpu_facts(target)): coefficients}), target)
+
+
+def measured_log(path: Path | None, layers: Iterable[ConvGeometry], target: tvm.target.Target) -> Log:
+    """Measurements of layers; those of a file that is there already are not made again."""
+    log = dict(load(path.read_text())) if path and path.exists() else {}
+    for one in measure(layers, SPARSITIES, target, log.copy()):
+        log[one.kernel, one.geometry] = one
+        if path:
+            with replacing(path) as file:
+                file.write_text(dump(log.values(), str(machine()["cpu"]), str(target)))
+    return log
+
+
+def _by_layer(measurements: Iterable[Measured]) -> Log:
+    return {(one.kernel, one.geometry): one for one in measurements}
 
 
 if __name__ == "__main__":

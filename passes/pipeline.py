@@ -16,9 +16,10 @@ from .bind_parameters import BindParameters
 from .choose_kernels import DOMAINS, ChooseKernels
 from .collect_convolutions import CollectConvolutions
 from .convolutions import MAIN
-from .costs import CostModel, LinearCostModel
+from .costs import CostModel
 from .keep_tiles import KeepTiles
 from .layers import Worklist
+from .measured_costs import MeasuredCostModel
 from .plan import Plan
 from .prune_winograd import PruneWinograd
 from .rewrite_convolutions import RewriteConvolutions
@@ -55,7 +56,8 @@ def sparsify(
             dense convolution. Only Winograd kernels are changed by it.
         tile: allow this Winograd output tile size only, 2 or 4; None for the cheaper of both.
         weighted: with ``winograd_sparsity``, magnitudes count by how much they change the output, not raw.
-        cost_model: predicts the kernels' costs; by default the model calibrated for the target's family.
+        cost_model: predicts the kernels' costs; by default what was measured on CPUs of the target's
+            family, and a model calibrated on such for all other layers.
 
     Returns:
         The module, the parameters that it still has, and the plan.
@@ -79,7 +81,7 @@ def sparsify(
         CollectConvolutions(worklist, params, device),
         # Phase 3. Which Winograd weights are zero; then a kernel for each layer, by cost.
         PruneWinograd(worklist, winograd_sparsity, tile=tile, weighted=weighted),
-        ChooseKernels(worklist, device, domain, cost_model=cost_model or LinearCostModel()),
+        ChooseKernels(worklist, device, domain, cost_model=cost_model or MeasuredCostModel()),
         # Phase 4. Sparse operators for the layers chosen, the weights of the others constants; no conversion in vain.
         RewriteConvolutions(worklist, device),
         BindParameters(params),

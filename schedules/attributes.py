@@ -43,7 +43,7 @@ def winograd_attributes(plan: WinogradPlan) -> dict[str, object]:
         **asdict(Activation()),
         "tile": plan.layout.m,
         "lanes": plan.layout.lanes,
-        "vectors": plan.blocking.vectors,
+        "blocks": plan.blocking.blocks,
         "together": plan.blocking.together,
         "idle": list(plan.idle),
         **asdict(ImageEnds()),
@@ -52,5 +52,5 @@ def winograd_attributes(plan: WinogradPlan) -> dict[str, object]:
 
 def winograd_plan_of(attrs: tvm.ir.Attrs) -> WinogradPlan:
     """How a call of the Winograd operator computes."""
-    numbers = {name: int(attrs[name]) for name in ("tile", "lanes", "vectors", "together")}
+    numbers = {name: int(attrs[name]) for name in ("tile", "lanes", "blocks", "together")}
     return WinogradPlan.of(unpack(ConvGeometry, attrs), **numbers, idle=plain(attrs["idle"]))

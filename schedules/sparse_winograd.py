@@ -128,17 +128,17 @@ class _Kernel:
                 self._of_any_length(number, partial(step, part=part, inputs=own))
 
     def _of_any_length(self, number: tir.PrimExpr, emit: Callable[[_Block], None]) -> None:
-        """Emit for a block; the last of an image may be shorter."""
-        whole, last, blocks = self.blocking.vectors, self.blocking.last, self.blocking.blocks
-        image, within = self.code.let(number // blocks), self.code.let(tir.floormod(number, blocks))
-        first = self.code.let(within * whole)
-        if whole == last:
-            emit(_Block(image, first, whole))
+        """Emit for a block; some may be a vector shorter."""
+        code, blocking = self.code, self.blocking
+        image, within = code.let(number // blocking.blocks), code.let(tir.floormod(number, blocking.blocks))
+        first, end = (code.let((within + i) * blocking.image // blocking.blocks) for i in (0, 1))
+        if blocking.even:
+            emit(_Block(image, first, blocking.vectors))
             return
-        with self.ib.if_scope(within < blocks - 1):
-            emit(_Block(image, first, whole))
+        with self.ib.if_scope(end - first == blocking.vectors):
+            emit(_Block(image, first, blocking.vectors))
         with self.ib.else_scope():
-            emit(_Block(image, first, last))
+            emit(_Block(image, first, blocking.vectors - 1))
 
     def _transform(self, block: _Block, part: tir.PrimExpr, inputs: Inputs) -> None:
         """A part of the channels."""

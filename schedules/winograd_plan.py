@@ -37,14 +37,14 @@ class WinogradPlan:
         geometry: ConvGeometry,
         tile: int,
         lanes: int,
-        vectors: int,
+        blocks: int,
         together: int,
         idle: tuple[int, ...] = (),
     ) -> WinogradPlan:
-        """From what an operator's attributes hold: tile size, lanes of a vector, vectors of a block, rows together,
+        """From what an operator's attributes hold: tile size, lanes of a vector, blocks of an image, rows together,
         idle positions."""
         layout, offset = _layout(geometry, tile, lanes)
-        blocking = WinogradBlocking.of(layout.vectors, vectors, together)
+        blocking = WinogradBlocking(layout.vectors, blocks, together)
         return cls(geometry, layout, offset, blocking, idle)
 
     @property
@@ -65,7 +65,7 @@ class WinogradPlan:
 
     @property
     def tiles(self) -> int:
-        """Of a block; the last one may have fewer."""
+        """Of a block; some may have fewer."""
         return self.blocking.vectors * self.layout.lanes
 
     @property
@@ -129,7 +129,7 @@ def winograd_plan(geometry: ConvGeometry, tile: int, cpu: Cpu) -> WinogradPlan:
     """The plan for a CPU."""
     layout, _ = _layout(geometry, tile, cpu.lanes)
     blocking = winograd_blocking(layout.vectors, geometry.out_channels, cpu)
-    return WinogradPlan.of(geometry, tile, cpu.lanes, blocking.vectors, blocking.together)
+    return WinogradPlan.of(geometry, tile, cpu.lanes, blocking.blocks, blocking.together)
 
 
 def _layout(geometry: ConvGeometry, tile: int, lanes: int) -> tuple[TileLayout, tuple[int, int]]:

@@ -15,7 +15,7 @@ import pytest
 from tests.frontends.onnx_models import two_convolutions, write
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("frontends", "passes", "schedules")
+ROOMS = ("frontends", "passes", "schedules", "tuning_logs")
 
 
 @pytest.fixture(scope="module")

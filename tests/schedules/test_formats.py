@@ -238,12 +238,12 @@ def test_below_the_length_of_a_vector_rows_share_vectors(width: int, height: int
 @pytest.mark.parametrize("together", [1, 2, 3, 4])
 @pytest.mark.parametrize("sparsity", [0.0, 0.7, 0.97])
 @pytest.mark.parametrize(("groups", "filters"), [(1, 7), (2, 10), (3, 12)])
-@pytest.mark.parametrize(("lanes", "vectors"), [(8, 2), (1, 3)])
+@pytest.mark.parametrize(("lanes", "blocks"), [(8, 1), (8, 2), (8, 4), (1, 10)])
 def test_winograd_rows_round_trip(
-    together: int, sparsity: float, groups: int, filters: int, lanes: int, vectors: int
+    together: int, sparsity: float, groups: int, filters: int, lanes: int, blocks: int
 ) -> None:
     geometry = ConvGeometry(1, 6, 40, 9, filters, (3, 3), groups=groups)
-    plan = WinogradPlan.of(geometry, 4, lanes, vectors, together)
+    plan = WinogradPlan.of(geometry, 4, lanes, blocks, together)
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((filters, 6 // groups, 6, 6)).astype(np.float32)
     weight[rng.random(weight.shape) < sparsity] = 0
@@ -257,10 +257,14 @@ def test_winograd_rows_round_trip(
         first = k // (filters // groups) * (6 // groups)
         whole[:, k, first : first + 6 // groups] = weight[k].reshape(-1, 36).T
     numbers = rows.filters.reshape(36, plan.bundles * together)
-    # Every filter once, nobody's rows behind them.
+    # Every filter once, those of a part together, nobody's rows behind them.
+    places = np.arange(plan.bundles * together)
+    numbers = np.where(numbers < plan.part_filters, numbers + places // plan.part_filters * plan.part_filters, filters)
     for of_position in numbers:
         assert sorted(of_position[:filters]) == list(range(filters))
         assert set(of_position[filters:]) <= {filters}
+        assert (of_position[:filters] // plan.part_filters == places[:filters] // plan.part_filters).all()
+    assert (plan.parts > 1) == (plan.bundles > 1 and blocks < 4)
     end = together * rows.indptr[-1]
     for bundle, (start, stop) in enumerate(zip(rows.indptr[:-1], rows.indptr[1:], strict=True)):
         longest = 0
@@ -292,7 +296,7 @@ def test_bundles_are_filled_up_with_little(together: int, sparsity: float) -> No
     rng = np.random.default_rng(0)
     kept = (1 - sparsity) * 2 * rng.random((filters, 1, 1, 1))
     weight = rng.standard_normal((filters, channels, 4, 4)) * (rng.random((filters, channels, 4, 4)) < kept)
-    plan = WinogradPlan.of(ConvGeometry(1, channels, 9, 9, filters, (3, 3)), 2, 8, 2, together)
+    plan = WinogradPlan.of(ConvGeometry(1, channels, 33, 33, filters, (3, 3)), 2, 8, 4, together)
     rows = pack_winograd(weight, plan)
     counts = np.count_nonzero(weight, axis=1).reshape(filters, 16)
     stored = together * np.diff(rows.indptr).reshape(16, plan.bundles).sum(axis=1)
@@ -320,8 +324,8 @@ def test_bundles_are_filled_up_with_little(together: int, sparsity: float) -> No
 )
 def test_channels_are_stored_in_the_fewest_bytes(channels: int, lanes: int, step: int, dtype: str) -> None:
     """That of zeros, behind all others, too."""
-    geometry = ConvGeometry(1, channels, 4, 4, 1, (3, 3))
-    plan = WinogradPlan.of(geometry, 2, lanes, 2 if lanes > 1 else 1, 2)
+    geometry = ConvGeometry(1, channels, 10, 18, 1, (3, 3))
+    plan = WinogradPlan.of(geometry, 2, lanes, 1 if lanes > 1 else 32, 2)
     assert plan.index_step == step
     weight = np.zeros((1, channels, 4, 4), np.float32)
     weight[0, -1] = 1
@@ -424,14 +428,17 @@ def test_winograd_blocks_cover_all_tiles(geometry: ConvGeometry, m: int, lanes: 
     cpu = Cpu(lanes=lanes)
     plan = winograd_plan(geometry, m, cpu)
     blocking, vectors = plan.blocking, plan.layout.vectors
-    assert (blocking.blocks - 1) * blocking.vectors + blocking.last == vectors
-    assert 1 <= blocking.last <= blocking.vectors <= vectors
+    assert blocking.image == vectors
+    assert (blocking.vectors - 1) * blocking.blocks < vectors <= blocking.vectors * blocking.blocks
+    assert blocking.even == (vectors == blocking.vectors * blocking.blocks)
     assert blocking.together >= 1
     assert blocking.vectors * blocking.together <= cpu.registers * 3 // 4
     # Room for what fills up: a channel of zeros, and a filter that is none.
     assert plan.index_unit * plan.index_step == plan.tiles == blocking.vectors * lanes
     assert plan.input_stride >= (geometry.in_channels + 1) * plan.tiles
-    assert plan.product_stride >= (geometry.out_channels + 1) * plan.tiles
+    assert plan.product_stride >= (plan.part_filters + 1) * plan.tiles
+    assert (plan.parts - 1) * plan.part_filters < geometry.out_channels <= plan.parts * plan.part_filters
+    assert plan.parts * plan.part_channels >= geometry.in_channels
 
 
 @given(
@@ -448,14 +455,16 @@ def test_blocks_and_bundles_are_evenly_filled(vectors: int, filters: int, regist
     assert 1 <= blocking.together <= filters
     bundles = -(-filters // blocking.together)
     assert bundles * blocking.together - filters < bundles
-    assert blocking == WinogradBlocking.of(vectors, blocking.vectors, blocking.together)
+    assert blocking == WinogradBlocking(vectors, blocking.blocks, blocking.together)
+    # Two threads have equally many, where it matters.
+    assert not 4 <= blocking.blocks < 16 or blocking.blocks % 2 == 0 or 4 * blocking.vectors > registers * 3 // 4
 
 
 @pytest.mark.parametrize("channels", [31, 32, 63, 64, 127, 128, 255, 256, 512])
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 def test_positions_are_not_a_multiple_of_4_kib_apart(channels: int, lanes: int) -> None:
     """They would compete for the same lines of L1."""
-    plan = WinogradPlan.of(ConvGeometry(1, channels, 66, 66, channels, (3, 3)), 4, lanes, 32 // lanes, 4)
+    plan = WinogradPlan.of(ConvGeometry(1, channels, 66, 66, channels, (3, 3)), 4, lanes, 9, 4)
     assert 4 * plan.input_stride % 4096
     assert 4 * plan.product_stride % 4096
 
@@ -467,5 +476,5 @@ def test_idle_positions() -> None:
     weight[1, 1, 0, 2] = weight[2, 0, 3, 1] = 1
     assert idle_positions(weight) == tuple(position for position in range(16) if position not in (2, 13))
     assert idle_positions(np.ones_like(weight)) == ()
-    plan = WinogradPlan.of(ConvGeometry(1, 2, 9, 9, 3, (3, 3)), 2, 8, 2, 2, idle=idle_positions(weight))
+    plan = WinogradPlan.of(ConvGeometry(1, 2, 9, 9, 3, (3, 3)), 2, 8, 1, 2, idle=idle_positions(weight))
     assert plan.busy == (2, 13)
