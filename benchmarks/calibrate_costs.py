@@ -32,7 +32,7 @@ from tvm.contrib import graph_executor
 
 from benchmarks import networks
 from jointsparse.frontends import onnx_import
-from jointsparse.frontends.engines.machine import machine
+from jointsparse.frontends.engines.machine import describe
 from jointsparse.frontends.outputs import replacing
 from jointsparse.passes import sparsify
 from jointsparse.passes.absorb_conversions import AbsorbConversions
@@ -343,7 +343,7 @@ def measured_log(path: Path | None, layers: Iterable[ConvGeometry], target: tvm.
         log[one.kernel, one.geometry] = one
         if path:
             with replacing(path) as file:
-                file.write_text(dump(log.values(), str(machine()["cpu"]), str(target)))
+                file.write_text(dump(log.values(), str(describe()["cpu"]), str(target)))
     return log
 
 

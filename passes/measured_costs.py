@@ -40,7 +40,7 @@ class Measured:
         """Times by non-zeros. More non-zeros do not take less: what says otherwise is noise."""
         nonzeros = sorted(times)
         seconds = np.maximum.accumulate([times[count] for count in nonzeros])
-        return cls(kernel, geometry, tuple(nonzeros), tuple(map(float, seconds)))
+        return cls(kernel, geometry, tuple(nonzeros), tuple(float(f"{time:.4g}") for time in seconds))
 
 
 Log = Mapping[tuple[str, ConvGeometry], Measured]
