@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import tvm
 
@@ -49,6 +51,9 @@ class ChooseKernels:
                 continue
             self._predict(layer)
             layer.kernel, layer.reason = _choose(layer, self.domain)
+            layer.overtaken = self._break_even(layer, layer.kernel)
+            if self.domain == "auto" and layer.kernel != DENSE:
+                layer.reason += _next(layer)
         return mod
 
     def _predict(self, layer: Layer) -> None:
@@ -65,12 +70,19 @@ class ChooseKernels:
                 family = self.cost_model.borrowed_from(kernel, geometry, self.target)
                 if family is not None:
                     layer.borrowed[kernel] = family
-        for kernel in layer.costs.keys() - {DENSE}:
-            share = break_even_sparsity(
-                self.cost_model, kernel, geometry, layer.weights(kernel), layer.costs[DENSE], self.target
+        layer.break_even = self._break_even(layer, DENSE)
+
+    def _break_even(self, layer: Layer, rival: str) -> dict[str, float]:
+        """By sparse kernel, the sparsity from which it costs no more than a rival does."""
+        assert layer.geometry is not None
+        shares = {
+            kernel: break_even_sparsity(
+                self.cost_model, kernel, layer.geometry, layer.weights(kernel), layer.costs[rival], self.target
             )
-            if share is not None:
-                layer.break_even[kernel] = share
+            for kernel in layer.costs
+            if kernel not in (DENSE, rival)
+        }
+        return {kernel: share for kernel, share in shares.items() if share is not None}
 
 
 def _choose(layer: Layer, domain: str) -> tuple[str, str]:
@@ -101,12 +113,24 @@ def _gain(layer: Layer, kernel: str) -> str:
     return f"{layer.costs[DENSE] / layer.costs[kernel]:.2g} times as fast as dense"
 
 
+def _next(layer: Layer) -> str:
+    """What it would take for another kernel to win."""
+    if not layer.overtaken:
+        return ""
+    nearest = _nearest(layer, layer.overtaken)
+    return f"; {nearest} from {percent(layer.overtaken[nearest])}, has {percent(layer.sparsity(nearest))}"
+
+
 def _why_dense_wins(layer: Layer) -> str:
-    """What it would take: the sparse kernel nearest to its break-even."""
+    """What it would take for a sparse kernel to win."""
     if not layer.break_even:
         return "no sparse kernel wins here, however sparse"
-    nearest = min(layer.break_even, key=lambda kernel: layer.break_even[kernel] - layer.sparsity(kernel))
-    return _needs(layer, nearest)
+    return _needs(layer, _nearest(layer, layer.break_even))
+
+
+def _nearest(layer: Layer, shares: Mapping[str, float]) -> str:
+    """Of sparse kernels, the one that lacks the least sparsity."""
+    return min(shares, key=lambda kernel: shares[kernel] - layer.sparsity(kernel))
 
 
 def _needs(layer: Layer, kernel: str) -> str:

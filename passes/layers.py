@@ -66,7 +66,7 @@ class Layer:
         unsupported: why single kernels cannot (CollectConvolutions, PruneWinograd).
         pruning: by Winograd kernel supported, which of its weights are zero (PruneWinograd).
         nonzeros: by kernel supported, how many weights it multiplies by (ChooseKernels).
-        costs: by kernel supported, seconds (ChooseKernels). borrowed, break_even: as in LayerPlan.
+        costs: by kernel supported, seconds (ChooseKernels). borrowed, break_even, overtaken: as in LayerPlan.
         kernel, reason: the choice (ChooseKernels; what is there already of a layer left alone).
     """
 
@@ -86,6 +86,7 @@ class Layer:
     costs: dict[str, float] = field(default_factory=dict)
     borrowed: dict[str, str] = field(default_factory=dict)
     break_even: dict[str, float] = field(default_factory=dict)
+    overtaken: dict[str, float] = field(default_factory=dict)
     kernel: str = DENSE
     reason: str = ""
 
@@ -134,6 +135,7 @@ class Layer:
             costs={kernel: 1e3 * seconds for kernel, seconds in self.costs.items()},
             borrowed=dict(self.borrowed),
             break_even=dict(self.break_even),
+            overtaken=dict(self.overtaken),
             unsupported=dict(self.unsupported),
             multiplications=self.multiplications(self.kernel) if self.kernel in known else None,
         )

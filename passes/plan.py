@@ -43,6 +43,7 @@ class LayerPlan:
             measured on CPUs like the target's.
         break_even: by sparse kernel, the sparsity (of its own domain) from which it beats dense by prediction;
             a kernel that never does is absent.
+        overtaken: by sparse kernel, the sparsity (of its own domain) from which it beats the chosen one by prediction.
         unsupported: by kernel name, why it is not among the alternatives.
         multiplications: of the chosen kernel in one run (by non-zero weights if it is a sparse one, Winograd
             transforms not counted); None if unknown.
@@ -64,6 +65,7 @@ class LayerPlan:
     costs: dict[str, float] = field(default_factory=dict)
     borrowed: dict[str, str] = field(default_factory=dict)
     break_even: dict[str, float] = field(default_factory=dict)
+    overtaken: dict[str, float] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
     multiplications: int | None = None
 

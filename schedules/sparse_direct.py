@@ -18,8 +18,8 @@ from functools import partial
 import tvm
 from tvm import te, tir
 
-from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .blocking import PARTS
+from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .direct_plan import DirectPlan
 from .epilogues import Activation
 from .row_code import copy_every, each_run, each_vector

@@ -83,6 +83,14 @@ def test_auto_tells_the_gain():
     assert (layer.kernel, layer.reason) == ("direct", "5 times as fast as dense")
 
 
+def test_auto_tells_when_the_next_kernel_would_win():
+    layer = choose("auto", Costs(**EVEN | {"dense": (1000, 0)}))  # direct 164, F(2x2) 168, F(4x4) 318
+    assert layer.kernel == "direct"
+    assert layer.overtaken["winograd_f2"] == pytest.approx(1 - 248 / 256)
+    assert layer.overtaken["winograd_f4"] == pytest.approx(1 - 268 / 576)
+    assert layer.reason == "6.1 times as fast as dense; winograd_f2 from 3.12 %, has 0 %"
+
+
 def test_dense_is_dense_whatever_the_cost():
     layer = choose("dense", Costs(**EVEN | {"direct": (0, 0)}))
     assert (layer.kernel, layer.reason) == ("dense", "asked for")

@@ -25,6 +25,7 @@ SPARSE = LayerPlan(
     costs={"dense": 0.5, "direct": 0.3, "winograd_f4": 0.2},
     borrowed={"dense": "avx2", "direct": "avx512", "winograd_f4": "avx2"},
     break_even={"direct": 0.7, "winograd_f4": 0.6},
+    overtaken={"direct": 0.9},
     unsupported={"winograd_f2": "tile size 4 asked for"},
     multiplications=8192,
 )
@@ -99,6 +100,7 @@ def test_json_is_stable():
         "costs": {"dense": 0.5, "direct": 0.3, "winograd_f4": 0.2},
         "borrowed": {"dense": "avx2", "direct": "avx512", "winograd_f4": "avx2"},
         "break_even": {"direct": 0.7, "winograd_f4": 0.6},
+        "overtaken": {"direct": 0.9},
         "unsupported": {"winograd_f2": "tile size 4 asked for"},
         "multiplications": 8192,
     }
