@@ -38,7 +38,7 @@ from jointsparse.passes import sparsify
 from jointsparse.passes.absorb_conversions import AbsorbConversions
 from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
 from jointsparse.passes.costs import Coefficients, CostModel, LinearCostModel, counts, family, kind
-from jointsparse.passes.measured_costs import Log, Measured, MeasuredCostModel, dump, load
+from jointsparse.passes.measured_costs import Log, MeasuredCostModel, Times, dump, load
 from jointsparse.passes.plan import DENSE, DIRECT, TILE, WINOGRAD
 from jointsparse.schedules.attributes import winograd_plan_of
 from jointsparse.schedules.constructors import (
@@ -67,7 +67,7 @@ TERMS = {
 
 SPARSITIES = (0.0, 0.4, 0.8, 0.95)
 WORST = 20
-"""Cases told of a check."""
+"""Cases told, of those chosen wrongly."""
 
 CHECKED = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 
@@ -231,36 +231,40 @@ def network_layers(target: tvm.target.Target) -> Iterator[ConvGeometry]:
             )
 
 
-def measure(
-    layers: Iterable[ConvGeometry], sparsities: Sequence[float], target: tvm.target.Target, known: Log
-) -> Iterator[Measured]:
-    """Every kernel of every layer, but for those known."""
-    for geometry in layers:
-        kernels = [DENSE, DIRECT, *(k for m, k in WINOGRAD.items() if why_not_winograd(geometry, m) is None)]
-        for kernel in kernels:
-            if (kernel, geometry) in known:
-                continue
-            times = {}
-            for sparsity in sparsities if kernel != DENSE else (0.0,):
-                built, shape, nonzeros = library(kernel, geometry, sparsity, target)
-                times[nonzeros] = seconds(built, shape)
-            said = ", ".join(f"{1e3 * time:.3f} ms with {nonzeros}" for nonzeros, time in times.items())
-            place = f"{geometry.in_height}x{geometry.in_width}, stride {geometry.strides[0]}"
-            print(f"{kernel:12} {geometry.weight_shape} at {place}: {said}", file=sys.stderr, flush=True)
-            yield Measured.of(kernel, geometry, times)
+def measure(geometry: ConvGeometry, sparsities: Sequence[float], target: tvm.target.Target) -> dict[str, Times]:
+    """Every kernel of a layer."""
+    measured = {}
+    for kernel in (DENSE, DIRECT, *(k for m, k in WINOGRAD.items() if why_not_winograd(geometry, m) is None)):
+        times = {}
+        for sparsity in sparsities if kernel != DENSE else (0.0,):
+            built, shape, nonzeros = library(kernel, geometry, sparsity, target)
+            times[nonzeros] = seconds(built, shape)
+        said = ", ".join(f"{1e3 * taken:.3f} ms with {nonzeros}" for nonzeros, taken in times.items())
+        print(f"{kernel:12} {_described(geometry)}: {said}", file=sys.stderr, flush=True)
+        measured[kernel] = Times.of(times)
+    return measured
+
+
+def _described(geometry: ConvGeometry) -> str:
+    return f"{geometry.weight_shape} at {geometry.in_height}x{geometry.in_width}, stride {geometry.strides[0]}"
 
 
 def fit(log: Log, target: tvm.target.Target) -> tuple[Coefficients, dict[str, float]]:
-    """Coefficients by kind of kernel, and the mean relative error of each."""
+    """Coefficients by kind of kernel, and the mean relative error of each; of the kinds in the log."""
     cpu = cpu_facts(target)
+    samples: dict[str, list[tuple[dict[str, float], float]]] = {}
+    for geometry, kernels in log.items():
+        for kernel, times in kernels.items():
+            of_kind = samples.setdefault(kind(kernel, geometry), [])
+            for nonzeros, taken in zip(times.nonzeros, times.seconds, strict=True):
+                of_kind.append((counts(kernel, geometry, nonzeros, cpu), 1e9 * taken))
     coefficients, errors = {}, {}
-    for name, terms in TERMS.items():
-        mine = [one for one in log.values() if kind(one.kernel, one.geometry) == name]
-        rows = [counts(one.kernel, one.geometry, nonzeros, cpu) for one in mine for nonzeros in one.nonzeros]
-        nanoseconds = np.array([1e9 * seconds for one in mine for seconds in one.seconds])
-        amounts = np.array([[row[term] for term in terms] for row in rows], float) / nanoseconds[:, None]
+    for name, rows in samples.items():
+        terms = TERMS[name]
+        amounts = np.array([[row[term] / nanoseconds for term in terms] for row, nanoseconds in rows])
         # Columns of like size, for the solver's sake.
-        scale = np.maximum(np.linalg.norm(amounts, axis=0), 1e-30)
+        scale = np.linalg.norm(amounts, axis=0)
+        scale[scale == 0] = 1
         start = nnls(amounts / scale, np.ones(len(rows)))[0]
         # Ratios, not differences: half and twice the time are equally wrong.
         solution = least_squares(_LogRatio(amounts / scale), start + 1e-6, bounds=(0, np.inf)).x
@@ -283,72 +287,92 @@ class _LogRatio:
         return np.log(np.maximum(self.amounts @ coefficients, 1e-9))
 
 
-def regrets(log: Log, model: CostModel, target: tvm.target.Target) -> Iterator[tuple[float, ConvGeometry, str, str]]:
-    """For each layer and sparsity, the time of the kernel that a model would choose over the least time measured, the
-    layer, and both kernels with their share of zeros."""
-    for geometry in dict.fromkeys(geometry for _, geometry in log):
-        mine = [one for one in log.values() if one.geometry == geometry]
-        dense, *sparse = sorted(mine, key=lambda one: one.kernel != DENSE)
-        for i in range(len(sparse[0].nonzeros) if sparse else 0):
-            times = {DENSE: dense.seconds[0]} | {one.kernel: one.seconds[i] for one in sparse}
-            costs = {DENSE: model.cost(DENSE, geometry, dense.nonzeros[0], target)}
-            costs |= {one.kernel: model.cost(one.kernel, geometry, one.nonzeros[i], target) for one in sparse}
+def regrets(log: Log, model: CostModel, target: tvm.target.Target) -> Iterator[tuple[float, str]]:
+    """For each layer and sparsity, the time of the kernel that a model would choose over the least time of a log; and
+    which case that is."""
+    for geometry, kernels in log.items():
+        for i, sparsity in enumerate(_shares(kernels[DIRECT])):
+            # Dense has one time for all.
+            at = {kernel: min(len(times.seconds) - 1, i) for kernel, times in kernels.items()}
+            times = {kernel: kernels[kernel].seconds[number] for kernel, number in at.items()}
+            costs = {
+                kernel: model.cost(kernel, geometry, kernels[kernel].nonzeros[number], target)
+                for kernel, number in at.items()
+            }
             chosen, best = (min(by, key=by.__getitem__) for by in (costs, times))
-            zeros = f"{1 - sparse[0].nonzeros[i] / sparse[0].nonzeros[-1]:.0%} zeros"
-            yield times[chosen] / times[best], geometry, f"{chosen}, {zeros}", best
+            case = f"{_described(geometry)}, {sparsity:.0%} zeros: {chosen}, best {best}"
+            yield times[chosen] / times[best], case
+
+
+def _shares(times: Times) -> list[float]:
+    """Of zeros; the most non-zeros are all weights."""
+    return [1 - count / times.nonzeros[-1] for count in times.nonzeros]
 
 
 def tell(log: Log, model: CostModel, target: tvm.target.Target) -> None:
     """How much slower than the best the choice by a model is, by a log."""
-    found = sorted(regrets(log, model, target), key=lambda one: -one[0])
-    ratios = np.array([one[0] for one in found])
+    found = sorted(regrets(log, model, target), reverse=True)
+    ratios = np.array([ratio for ratio, _ in found])
     print(
         f"# Chosen by it against the best: {np.exp(np.mean(np.log(ratios))):.3f} times its time on average, "
         f"{max(ratios):.2f} at worst, within 5 % in {np.mean(ratios <= 1.05):.1%} of {len(ratios)} cases."
     )
-    for ratio, geometry, chosen, best in found[:WORST]:
+    for ratio, case in found[:WORST]:
         if ratio > 1.05:
-            place = f"{geometry.weight_shape} at {geometry.in_height}x{geometry.in_width}"
-            print(f"#   {ratio:.2f}: {place}, {chosen}; best {best}")
+            print(f"#   {ratio:.2f}: {case}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=f"llvm -mcpu={tvm.target.codegen.llvm_get_system_cpu()}")
-    parser.add_argument("--log", type=Path, help="write measurements here, and go on from them")
-    parser.add_argument("--fit", type=Path, help="fit a log written before, instead of measuring")
-    parser.add_argument("--check", type=Path, help="measure the choice by a log written before")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--log", type=Path, help="write measurements here, and go on from them")
+    one.add_argument("--fit", type=Path, help="fit a log written before, instead of measuring")
+    one.add_argument("--check", type=Path, help="measure the choice by a log written before")
     arguments = parser.parse_args()
     target = tvm.target.Target(arguments.target)
-    of_networks = list(dict.fromkeys(network_layers(target)))
-    if arguments.check:
-        chosen_by = MeasuredCostModel({family(cpu_facts(target)): load(arguments.check.read_text())})
-        tell(_by_layer(measure(of_networks, CHECKED, target, {})), chosen_by, target)
-        return
-    log = dict(load(arguments.fit.read_text())) if arguments.fit else {}
-    if not arguments.fit:
-        log = measured_log(arguments.log, dict.fromkeys((*of_networks, *LAYERS)), target)
+    name = family(cpu_facts(target))
+    try:
+        if arguments.check:
+            chosen_by = MeasuredCostModel({name: read(arguments.check, name)})
+            tell(measured_log(None, network_layers(target), CHECKED, target), chosen_by, target)
+            return
+        if arguments.fit:
+            log = read(arguments.fit, name)
+        else:
+            log = measured_log(arguments.log, (*network_layers(target), *LAYERS), SPARSITIES, target)
+    except (OSError, ValueError) as error:
+        sys.exit(f"calibrate_costs: {error}")
     coefficients, errors = fit(log, target)
-    print(f'    "{family(cpu_facts(target))}": {{')
-    for name, terms in coefficients.items():
-        print(f'        "{name}": {json.dumps(terms)},  # mean error {errors[name]:.0%}')
+    print(f'    "{name}": {{')
+    for kernel, terms in coefficients.items():
+        print(f'        "{kernel}": {json.dumps(terms)},  # mean error {errors[kernel]:.0%}')
     print("    },")
-    tell(log, LinearCostModel({family(cpu_facts(target)): coefficients}), target)
+    tell(log, LinearCostModel({name: coefficients}), target)
 
 
-def measured_log(path: Path | None, layers: Iterable[ConvGeometry], target: tvm.target.Target) -> Log:
+def read(path: Path, name: str) -> Log:
+    """A log of a family of CPUs."""
+    try:
+        return load(path.read_text(), name)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def measured_log(
+    path: Path | None, layers: Iterable[ConvGeometry], sparsities: Sequence[float], target: tvm.target.Target
+) -> Log:
     """Measurements of layers; those of a file that is there already are not made again."""
-    log = dict(load(path.read_text())) if path and path.exists() else {}
-    for one in measure(layers, SPARSITIES, target, log.copy()):
-        log[one.kernel, one.geometry] = one
+    name = family(cpu_facts(target))
+    log = dict(read(path, name)) if path and path.exists() else {}
+    for geometry in dict.fromkeys(layers):
+        if geometry in log:
+            continue
+        log[geometry] = measure(geometry, sparsities, target)
         if path:
             with replacing(path) as file:
-                file.write_text(dump(log.values(), str(describe()["cpu"]), str(target)))
+                file.write_text(dump(log, name, str(describe()["cpu"])))
     return log
-
-
-def _by_layer(measurements: Iterable[Measured]) -> Log:
-    return {(one.kernel, one.geometry): one for one in measurements}
 
 
 if __name__ == "__main__":

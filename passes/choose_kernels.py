@@ -51,7 +51,7 @@ class ChooseKernels:
                 continue
             self._predict(layer)
             layer.kernel, layer.reason = _choose(layer, self.domain)
-            layer.overtaken = self._break_even(layer, layer.kernel)
+            layer.overtaken = layer.break_even if layer.kernel == DENSE else self._break_even(layer, layer.kernel)
             if self.domain == "auto" and layer.kernel != DENSE:
                 layer.reason += _next(layer)
         return mod
@@ -115,10 +115,11 @@ def _gain(layer: Layer, kernel: str) -> str:
 
 def _next(layer: Layer) -> str:
     """What it would take for another kernel to win."""
-    if not layer.overtaken:
+    beyond = {kernel: share for kernel, share in layer.overtaken.items() if share > layer.sparsity(kernel)}
+    if not beyond:
         return ""
-    nearest = _nearest(layer, layer.overtaken)
-    return f"; {nearest} from {percent(layer.overtaken[nearest])}, has {percent(layer.sparsity(nearest))}"
+    nearest = _nearest(layer, beyond)
+    return f"; {_needs_to_win(nearest, beyond[nearest], layer.sparsity(nearest))}"
 
 
 def _why_dense_wins(layer: Layer) -> str:
@@ -136,4 +137,8 @@ def _nearest(layer: Layer, shares: Mapping[str, float]) -> str:
 def _needs(layer: Layer, kernel: str) -> str:
     if kernel not in layer.break_even:
         return f"{kernel} does not win here, however sparse"
-    return f"{kernel} needs {percent(layer.break_even[kernel])} to win here; has {percent(layer.sparsity(kernel))}"
+    return _needs_to_win(kernel, layer.break_even[kernel], layer.sparsity(kernel))
+
+
+def _needs_to_win(kernel: str, needed: float, sparsity: float) -> str:
+    return f"{kernel} needs {percent(needed)} to win here, has {percent(sparsity)}"

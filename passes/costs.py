@@ -66,93 +66,101 @@ Coefficients = Mapping[str, Mapping[str, float]]
 
 # Printed by benchmarks/calibrate_costs.py; see there for the layers measured.
 FAMILIES: Mapping[str, Coefficients] = {
-    # Chosen by it against the best: 1.011 times its time on average, 1.35 at worst, within 5 % in 92% of 184 cases.
+    # Chosen by it against the best: 1.018 times its time on average, 1.89 at worst, within 5 % in 90.1% of 464 cases.
     "avx512": {
-        "dense": {"vectors": 0.196, "inputs": 0.0887, "outputs": 1.11, "weights": 0.195},  # mean error 11%
-        "dense_1x1": {"vectors": 0.21, "inputs": 0.161, "outputs": 0.741},  # mean error 7%
-        "dense_grouped": {"vectors": 0.148, "outputs": 1.35, "weights": 0.767},  # mean error 12%
-        "depthwise": {"vectors": 1.02, "inputs": 0.673},  # mean error 33%
-        "dense_fc": {"vectors": 0.169, "ragged": 0.199, "far_weights": 0.118},  # mean error 40%
+        "dense": {"vectors": 0.162, "inputs": 1.4, "outputs": 2.08, "weights": 0.138},  # mean error 15%
         "direct": {
-            "vectors": 0.193,
-            "touched": 0.159,
-            "entries": 0.516,
-            "rows": 1.12,
-            "packed": 0.0712,
-            "outputs": 0.0805,
-            "fixed": 1250.0,
-        },  # mean error 15%
-        "direct_1x1": {
-            "vectors": 0.263,
-            "rows": 5.83,
-            "packed": 0.106,
-            "outputs": 0.022,
-            "fixed": 1440.0,
-        },  # mean error 11%
-        "direct_fc": {
-            "vectors": 0.253,
-            "entries": 0.178,
-            "far_entries": 0.0515,
-            "rows": 2.57,
-            "packed": 0.814,
-            "fixed": 1660.0,
-        },  # mean error 11%
-        "winograd_f2": {
-            "vectors": 0.182,
-            "entries": 0.155,
-            "far_entries": 0.136,
-            "rows": 3.4,
-            "inputs": 1.72,
-            "outputs": 0.959,
-            "fixed": 1270.0,
-        },  # mean error 11%
-        "winograd_f4": {
-            "vectors": 0.189,
-            "far_entries": 0.272,
-            "rows": 8.39,
-            "inputs": 2.13,
-            "outputs": 0.197,
+            "vectors": 0.233,
+            "touched": 0.0715,
+            "entries": 0.213,
+            "rows": 0.336,
+            "packed": 0.15,
+            "outputs": 0.1,
+            "fixed": 140.0,
         },  # mean error 14%
-    },
-    # Chosen by it against the best: 1.010 times its time on average, 1.75 at worst, within 5 % in 95% of 184 cases.
-    "avx2": {
-        "dense": {"vectors": 0.216, "inputs": 0.826, "outputs": 1.05},  # mean error 9%
-        "dense_1x1": {"vectors": 0.304, "outputs": 0.511},  # mean error 10%
-        "dense_grouped": {"vectors": 0.2, "outputs": 1.27},  # mean error 22%
-        "depthwise": {"vectors": 0.2, "inputs": 0.685, "outputs": 0.383},  # mean error 21%
-        "dense_fc": {"vectors": 0.0673, "ragged": 0.12, "far_weights": 0.125, "outputs": 24.5},  # mean error 32%
-        "direct": {
-            "vectors": 0.134,
-            "touched": 0.134,
-            "entries": 0.284,
-            "rows": 0.291,
-            "packed": 0.0266,
-            "outputs": 0.161,
-        },  # mean error 13%
-        "direct_1x1": {"vectors": 0.185, "rows": 6.17, "outputs": 0.0163, "fixed": 1000.0},  # mean error 9%
-        "direct_fc": {
-            "vectors": 0.169,
-            "entries": 0.283,
-            "far_entries": 0.0216,
-            "rows": 1.93,
-            "packed": 0.381,
-            "fixed": 1510.0,
-        },  # mean error 6%
         "winograd_f2": {
-            "vectors": 0.168,
-            "entries": 0.00691,
-            "far_entries": 0.193,
-            "rows": 4.67,
-            "inputs": 1.09,
-            "outputs": 0.0164,
-        },  # mean error 15%
-        "winograd_f4": {
-            "vectors": 0.131,
-            "far_entries": 0.289,
-            "rows": 6.97,
-            "inputs": 1.39,
-            "outputs": 0.241,
+            "vectors": 0.203,
+            "entries": 0.243,
+            "far_entries": 0.171,
+            "rows": 0.233,
+            "inputs": 2.5,
+            "outputs": 1.63,
+            "fixed": 1870.0,
         },  # mean error 16%
+        "winograd_f4": {
+            "vectors": 0.215,
+            "entries": 0.18,
+            "far_entries": 0.22,
+            "rows": 3.16,
+            "inputs": 3.93,
+            "outputs": 1.11,
+        },  # mean error 17%
+        "dense_1x1": {"vectors": 0.219, "inputs": 0.252, "outputs": 0.575, "fixed": 975.0},  # mean error 8%
+        "direct_1x1": {
+            "vectors": 0.287,
+            "entries": 0.0109,
+            "rows": 4.06,
+            "packed": 0.0932,
+            "outputs": 0.0254,
+            "fixed": 2610.0,
+        },  # mean error 11%
+        "dense_fc": {"vectors": 0.176, "ragged": 0.19, "far_weights": 0.163},  # mean error 48%
+        "direct_fc": {
+            "vectors": 0.252,
+            "entries": 0.16,
+            "far_entries": 0.0898,
+            "rows": 2.57,
+            "packed": 0.976,
+            "fixed": 1650.0,
+        },  # mean error 18%
+        "dense_grouped": {"vectors": 0.234, "weights": 0.0467, "fixed": 147000.0},  # mean error 4%
+        "depthwise": {"vectors": 1.03, "inputs": 0.687},  # mean error 34%
+    },
+    # Chosen by it against the best: 1.018 times its time on average, 1.77 at worst, within 5 % in 91.4% of 464 cases.
+    "avx2": {
+        "dense": {"vectors": 0.202, "inputs": 1.38, "outputs": 1.2},  # mean error 30%
+        "direct": {
+            "vectors": 0.179,
+            "touched": 0.0448,
+            "rows": 0.0592,
+            "packed": 0.119,
+            "outputs": 0.119,
+        },  # mean error 16%
+        "winograd_f2": {
+            "vectors": 0.206,
+            "far_entries": 0.166,
+            "rows": 2.4,
+            "inputs": 1.48,
+            "outputs": 0.31,
+            "fixed": 2360.0,
+        },  # mean error 18%
+        "winograd_f4": {
+            "vectors": 0.177,
+            "entries": 0.0231,
+            "far_entries": 0.304,
+            "rows": 2.15,
+            "inputs": 2.47,
+            "outputs": 0.973,
+        },  # mean error 18%
+        "dense_1x1": {"vectors": 0.226, "inputs": 0.272, "outputs": 0.691},  # mean error 12%
+        "direct_1x1": {
+            "vectors": 0.203,
+            "rows": 3.95,
+            "packed": 0.0429,
+            "outputs": 0.0358,
+            "fixed": 2150.0,
+        },  # mean error 17%
+        "dense_fc": {"vectors": 0.414, "ragged": 0.111, "far_weights": 0.125, "fixed": 932.0},  # mean error 41%
+        "direct_fc": {
+            "vectors": 0.151,
+            "entries": 0.268,
+            "far_entries": 0.0932,
+            "rows": 3.88,
+            "packed": 0.381,
+            "fixed": 1260.0,
+        },  # mean error 17%
+        "dense_grouped": {"vectors": 0.252, "outputs": 2.49},  # mean error 20%
+        "depthwise": {"vectors": 0.0926, "inputs": 0.822, "outputs": 0.274},  # mean error 26%
     },
 }
 
@@ -270,7 +278,7 @@ class _Work:
     """Of one run, non-zeros apart. panels: how often each non-zero is read. panel_vectors: what it then multiplies."""
 
     panels: int
-    panel_vectors: int
+    panel_vectors: float
     rows: int
     packed: int
     inputs: int
@@ -337,7 +345,7 @@ def _winograd_work(geometry: ConvGeometry, tile: int, cpu: CpuFacts) -> _Work:
     vectors = geometry.batch * plan.layout.vectors * plan.positions
     return _Work(
         panels=geometry.batch * plan.blocking.blocks,
-        panel_vectors=plan.blocking.vectors,
+        panel_vectors=plan.blocking.image / plan.blocking.blocks,
         rows=geometry.out_channels * plan.positions,
         packed=geometry.batch * geometry.in_channels * plan.layout.length,
         inputs=vectors * geometry.in_channels,

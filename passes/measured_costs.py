@@ -1,4 +1,4 @@
-"""What kernels took on CPUs like the target's, where such layers were measured; for all others, a model.
+"""What kernels took on a CPU like the target's, where such a layer was measured; for all others, a model.
 
 Measurements are in ``tuning_logs/costs-FAMILY.json``, one file for each family of CPUs, written by
 ``benchmarks/calibrate_costs.py``.
@@ -7,11 +7,10 @@ Measurements are in ``tuning_logs/costs-FAMILY.json``, one file for each family 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tvm
@@ -27,24 +26,22 @@ _LOGS = Path(__file__).resolve().parent.parent / "tuning_logs"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A layer and kernel on one CPU: seconds of one run on one thread by non-zeros, both ascending."""
+class Times:
+    """Of a kernel for a layer. nonzeros: ascending. seconds: of one run on one thread; never falling."""
 
-    kernel: str
-    geometry: ConvGeometry
     nonzeros: tuple[int, ...]
     seconds: tuple[float, ...]
 
     @classmethod
-    def of(cls, kernel: str, geometry: ConvGeometry, times: Mapping[int, float]) -> Measured:
-        """Times by non-zeros. More non-zeros do not take less: what says otherwise is noise."""
-        nonzeros = sorted(times)
-        seconds = np.maximum.accumulate([times[count] for count in nonzeros])
-        return cls(kernel, geometry, tuple(nonzeros), tuple(float(f"{time:.4g}") for time in seconds))
+    def of(cls, measured: Mapping[int, float]) -> Times:
+        """Of seconds by non-zeros. More non-zeros do not take less time: what says otherwise is noise."""
+        nonzeros = sorted(measured)
+        seconds = np.maximum.accumulate([measured[count] for count in nonzeros])
+        return cls(tuple(nonzeros), tuple(float(f"{time:.4g}") for time in seconds))
 
 
-Log = Mapping[tuple[str, ConvGeometry], Measured]
-"""Measurements by kernel and geometry."""
+Log = Mapping[ConvGeometry, Mapping[str, Times]]
+"""By layer, the times of all its kernels."""
 
 
 class MeasuredCostModel:
@@ -60,50 +57,65 @@ class MeasuredCostModel:
         self.other = other or LinearCostModel()
 
     def cost(self, kernel: str, geometry: ConvGeometry, nonzeros: int, target: tvm.target.Target) -> float:
-        predicted = self.other.cost(kernel, geometry, nonzeros, target)
-        measured = self._measured(kernel, geometry, target)
-        if measured is None:
-            return predicted
-        nearest = min(max(nonzeros, measured.nonzeros[0]), measured.nonzeros[-1])
-        seconds = float(np.interp(nearest, measured.nonzeros, measured.seconds))
+        times = self._times(kernel, geometry, target)
+        if times is None:
+            return self.other.cost(kernel, geometry, nonzeros, target)
+        nearest = min(max(nonzeros, times.nonzeros[0]), times.nonzeros[-1])
+        seconds = float(np.interp(nearest, times.nonzeros, times.seconds))
         if nearest == nonzeros:
             return seconds
-        return seconds * predicted / self.other.cost(kernel, geometry, nearest, target)
+        here, there = (self.other.cost(kernel, geometry, count, target) for count in (nonzeros, nearest))
+        return seconds * here / there if there > 0 else seconds
 
     def borrowed_from(self, kernel: str, geometry: ConvGeometry, target: tvm.target.Target) -> str | None:
-        if self._measured(kernel, geometry, target) is not None or not isinstance(self.other, Borrowing):
+        if self._times(kernel, geometry, target) is not None or not isinstance(self.other, Borrowing):
             return None
         return self.other.borrowed_from(kernel, geometry, target)
 
-    def _measured(self, kernel: str, geometry: ConvGeometry, target: tvm.target.Target) -> Measured | None:
+    def _times(self, kernel: str, geometry: ConvGeometry, target: tvm.target.Target) -> Times | None:
         name = family(cpu_facts(target))
         log = shipped(name) if self._logs is None else self._logs.get(name, {})
-        return log.get((kernel, geometry))
+        return log.get(geometry, {}).get(kernel)
 
 
 @cache
 def shipped(name: str) -> Log:
     """Measurements on a family of CPUs that come with the package; none if there are none."""
     path = _LOGS / f"costs-{name}.json"
-    return load(path.read_text()) if path.exists() else {}
+    return load(path.read_text(), name) if path.exists() else {}
 
 
-def dump(measurements: Iterable[Measured], cpu: str, target: str) -> str:
-    """As JSON, a line for each. cpu: its name, for people. target: what was built for."""
-    head = json.dumps({"format": FORMAT, "version": VERSION, "cpu": cpu, "target": target})
-    lines = ",\n".join(json.dumps(asdict(one), separators=(",", ":")) for one in measurements)
-    return f'{head[:-1]}, "measurements": [\n{lines}\n]}}\n'
+def dump(log: Log, name: str, cpu: str) -> str:
+    """As JSON, a line for each layer.
+
+    Args:
+        name: the family of CPUs. cpu: the CPU, for people.
+    """
+    head = json.dumps({"format": FORMAT, "version": VERSION, "family": name, "cpu": cpu})
+    lines = (
+        json.dumps(
+            {"layer": asdict(geometry), "kernels": {kernel: asdict(times) for kernel, times in kernels.items()}},
+            separators=(",", ":"),
+        )
+        for geometry, kernels in log.items()
+    )
+    return head[:-1] + ', "layers": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def load(text: str) -> Log:
-    """What `dump` wrote."""
+def load(text: str, name: str) -> Log:
+    """What `dump` wrote for a family of CPUs.
+
+    Raises:
+        ValueError: for anything else.
+    """
     document = json.loads(text)
-    if document.get("format") != FORMAT or document.get("version") != VERSION:
-        raise ValueError(f"not a log of costs of version {VERSION}")
-    measurements = map(_measured, document["measurements"])
-    return {(one.kernel, one.geometry): one for one in measurements}
-
-
-def _measured(entry: Mapping[str, Any]) -> Measured:
-    geometry = ConvGeometry(**entry["geometry"])
-    return Measured(entry["kernel"], geometry, tuple(entry["nonzeros"]), tuple(entry["seconds"]))
+    found = [document.get(key) for key in ("format", "version", "family")] if isinstance(document, dict) else document
+    if found != [FORMAT, VERSION, name]:
+        raise ValueError(f"not a log of costs on {name}, version {VERSION}")
+    return {
+        ConvGeometry(**entry["layer"]): {
+            kernel: Times(tuple(times["nonzeros"]), tuple(times["seconds"]))
+            for kernel, times in entry["kernels"].items()
+        }
+        for entry in document["layers"]
+    }

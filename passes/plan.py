@@ -43,7 +43,7 @@ class LayerPlan:
             measured on CPUs like the target's.
         break_even: by sparse kernel, the sparsity (of its own domain) from which it beats dense by prediction;
             a kernel that never does is absent.
-        overtaken: by sparse kernel, the sparsity (of its own domain) from which it beats the chosen one by prediction.
+        overtaken: the same against the chosen kernel; equal to break_even where that is dense.
         unsupported: by kernel name, why it is not among the alternatives.
         multiplications: of the chosen kernel in one run (by non-zero weights if it is a sparse one, Winograd
             transforms not counted); None if unknown.

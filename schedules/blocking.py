@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
 PARALLEL_BLOCKS = 4
-"""With this many blocks or more, blocks run in parallel; with fewer, what there is to do in a block."""
+"""With so many blocks or more, of all images, they run in parallel; with fewer, parts of their channels and filters."""
 
 
 PARTS = 8
-"""Into how many parts channels or filters are split to run in parallel."""
+"""Into how many parts channels or filters are split to run in parallel, those of all blocks together."""
 
 
 class Cpu(Protocol):
@@ -58,8 +58,8 @@ _TILES = 32
 images around it, leave the caches. Measured from 64 to 512 channels with AVX-512 and AVX2."""
 
 _FEW = 16
-"""Blocks of which there is no odd number: of seven, one thread of two would have four. Then they are longer, up to
-twice: with 14 vectors of 64 channels 2 % slower on one thread, 10 % faster on two."""
+"""Blocks of an image below which there is no odd number: of seven, one thread of two would have four. Then they are
+longer, up to twice: with 14 vectors of 64 channels 2 % slower on one thread, 10 % faster on two."""
 
 _TOGETHER = 4
 """Rows of weights. With more it makes no difference."""
@@ -74,6 +74,6 @@ def winograd_blocking(vectors: int, filters: int, cpu: Cpu) -> WinogradBlocking:
     blocks = -(-vectors // most)
     if PARALLEL_BLOCKS <= blocks < _FEW and blocks % 2 and 2 * most <= sums:
         blocks = 2 * -(-vectors // (2 * 2 * most))
-    blocking = WinogradBlocking(vectors, blocks, 1)
-    bundles = -(-filters // max(1, min(_TOGETHER, sums // blocking.vectors)))
-    return replace(blocking, together=-(-filters // bundles))
+    length = -(-vectors // blocks)
+    bundles = -(-filters // max(1, min(_TOGETHER, sums // length)))
+    return WinogradBlocking(vectors, blocks, -(-filters // bundles))

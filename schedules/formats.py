@@ -40,8 +40,8 @@ class BundledRows:
     Attributes:
         values, indices: as for SparseRows. What fills short rows up is zero times a channel of zeros.
         indptr: int32, bundles + 1 long, counted in non-zeros of one row.
-        filters: int32, the filter of each row of each bundle, counted from the first of its part of the filters; one
-            more than there are where there is none.
+        filters: int32, the filter of each row of each bundle, counted from the first of its part of the filters; as
+            many as a part has where there is none, a row of products that nobody reads.
     """
 
     values: NDArray[np.float32]

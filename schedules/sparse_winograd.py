@@ -1,5 +1,5 @@
-"""Sparse Winograd convolution F(m x m, r x r) of images in the tile layout of tiles.py or NCHW, block by block; what is
-done with a block is in winograd_steps.py.
+"""Sparse Winograd convolution F(m x m, r x r) of images in the tile layout of tiles.py or NCHW: how blocks, channels
+and filters are shared out. What is done with them is in winograd_steps.py.
 
 It is written in TIR, not TE: a transform has to stay in registers, which needs its sums named and shared, and the
 margins of the layout have to be zeroed by whoever writes the image.
@@ -60,7 +60,8 @@ def sparse_winograd(
 
 
 _FAR = 1 << 22
-"""Bytes of an image that is to be fetched ahead: from a larger L2 than there is, of less it hardly gains anything."""
+"""Bytes of an image that is to be fetched ahead: of one that L2 holds it hardly gains anything. Measured with 1.6 to
+236 MB."""
 
 
 class _Images(Protocol):
@@ -121,9 +122,9 @@ class _Kernel:
         """Of channels, then of filters; by blocks, so that threads mostly read what they have written."""
         plan = self.plan
         inputs = self._allocate("V", plan.all_blocks * plan.inputs_size)
-        for step in (self._transform, self._compute):
-            with self.code.loop(plan.all_blocks * plan.parts, "part", "parallel") as i:
-                number, part = self.code.let(i // plan.parts), self.code.let(tir.floormod(i, plan.parts))
+        for step, parts in ((self._transform, plan.channel_parts), (self._compute, plan.filter_parts)):
+            with self.code.loop(plan.all_blocks * parts, "part", "parallel") as i:
+                number, part = self.code.let(i // parts), self.code.let(tir.floormod(i, parts))
                 own = Inputs(inputs, self.code.let(number * plan.inputs_size))
                 self._of_any_length(number, partial(step, part=part, inputs=own))
 
@@ -131,10 +132,10 @@ class _Kernel:
         """Emit for a block; some may be a vector shorter."""
         code, blocking = self.code, self.blocking
         image, within = code.let(number // blocking.blocks), code.let(tir.floormod(number, blocking.blocks))
-        first, end = (code.let((within + i) * blocking.image // blocking.blocks) for i in (0, 1))
         if blocking.even:
-            emit(_Block(image, first, blocking.vectors))
+            emit(_Block(image, code.let(within * blocking.vectors), blocking.vectors))
             return
+        first, end = (code.let(_share(within + i, blocking.image, blocking.blocks)) for i in (0, 1))
         with self.ib.if_scope(end - first == blocking.vectors):
             emit(_Block(image, first, blocking.vectors))
         with self.ib.else_scope():
@@ -145,12 +146,9 @@ class _Kernel:
         code, plan = self.code, self.plan
         with self.ib.if_scope(part == 0):
             self.steps.clear_fill(inputs)
-        source, first = self._images(block, self.ends.nchw_data), code.let(part * plan.part_channels)
-        count, all_channels = tir.const(plan.part_channels, "int32"), self.geometry.in_channels
-        if plan.parts * plan.part_channels > all_channels:
-            # For the last parts there may be none left.
-            count = tir.max(0, tir.min(count, all_channels - first))
-        with code.loop(count, "c") as within:
+        source = self._images(block, self.ends.nchw_data)
+        first, end = (code.let(_share(part + i, self.geometry.in_channels, plan.channel_parts)) for i in (0, 1))
+        with code.loop(end - first, "c") as within:
             c = code.let(first + within)
             self.steps.transform_input(c, block.length, source.reader(self.buffers.data, block.image, c), inputs)
 
@@ -204,3 +202,8 @@ class _Kernel:
             return finish
 
         return at_vector
+
+
+def _share(number: tir.PrimExpr, of: int, parts: int) -> tir.PrimExpr:
+    """Where the part of this number begins, of parts as equal as can be. The product may need 64 bits."""
+    return tir.Cast("int32", tir.Cast("int64", number) * of // parts)

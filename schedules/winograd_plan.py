@@ -13,6 +13,9 @@ _SKEW = 16
 """Positions of a tile are a line (16 floats) more than their contents apart: at powers of two apart, all n x n of them
 would fight for the same few ways of L1."""
 
+_PART_BUNDLES = 4
+"""At least, of a part of the filters: with fewer, more has to be filled up, as rows of unlike length share a bundle."""
+
 
 @dataclass(frozen=True)
 class WinogradPlan:
@@ -79,19 +82,19 @@ class WinogradPlan:
         return self.geometry.batch * self.blocking.blocks
 
     @property
-    def parts(self) -> int:
-        """Of the filters, of which a thread computes some; and of the channels."""
+    def channel_parts(self) -> int:
+        """Of the channels of a block, each transformed by one thread; one where blocks are in parallel."""
+        return 1 if self.blocks_in_parallel else PARTS // self.all_blocks
+
+    @property
+    def filter_parts(self) -> int:
+        """Of the filters of a block, each computed by one thread; one where blocks are in parallel."""
         return -(-self.bundles // self.part_bundles)
 
     @property
     def part_bundles(self) -> int:
         """Bundles of a part; the last may have fewer."""
-        return -(-self.bundles // (1 if self.blocks_in_parallel else PARTS // self.all_blocks))
-
-    @property
-    def part_channels(self) -> int:
-        """Channels of a part; the last may have fewer, or none."""
-        return -(-self.geometry.in_channels // self.parts)
+        return max(-(-self.bundles // self.channel_parts), min(self.bundles, _PART_BUNDLES))
 
     @property
     def part_filters(self) -> int:

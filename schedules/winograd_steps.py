@@ -52,7 +52,7 @@ Writer = Callable[[tir.PrimExpr], Store]
 
 @dataclass(frozen=True)
 class Inputs:
-    """The transformed input of a block: from `first` on."""
+    """The transformed input of a block. first: float of the buffer with which it begins."""
 
     buffer: tir.Buffer
     first: tir.PrimExpr | int = 0
@@ -120,19 +120,19 @@ class WinogradSteps:
         buffers = self.buffers
         assert buffers.filters is not None
         base, target = code.let(inputs.first + xi * plan.input_stride), code.let(xi * plan.product_stride)
-        begin = part * plan.part_bundles
-        with code.loop(part_of(plan.part_bundles, plan.bundles, begin), "bundle") as within:
-            bundle = code.let(xi * plan.bundles + begin + within)
-            first = code.let(buffers.indptr[bundle])
-            count = code.let(buffers.indptr[bundle + 1] - first)
+        first_bundle = part * plan.part_bundles
+        with code.loop(part_of(plan.part_bundles, plan.bundles, first_bundle), "bundle") as within:
+            bundle = code.let(xi * plan.bundles + first_bundle + within)
+            first_nonzero = code.let(buffers.indptr[bundle])
+            count = code.let(buffers.indptr[bundle + 1] - first_nonzero)
             sums = [code.array(vectors, "sums") for _ in range(together)]
             for one in chain(*sums):
                 code.set(one, code.splat(0.0))
             self._fetch_next(inputs.buffer, inputs.first + following * plan.input_stride, within)
             # In 64 bits, so that what is added to it becomes part of an address.
-            start = code.let(tir.Cast("int64", first * together))
+            first_entry = code.let(tir.Cast("int64", first_nonzero * together))
             with code.loop(count, "e") as e:
-                entry = code.let(start + tir.Cast("int64", e) * together)
+                entry = code.let(first_entry + tir.Cast("int64", e) * together)
                 code.fetch(buffers.values, entry + _VALUES_AHEAD)
                 for r in range(together):
                     operand = code.let(base + tir.Cast("int32", buffers.indices[entry + r]) * plan.index_unit)
@@ -152,19 +152,19 @@ class WinogradSteps:
             self.code.fetch(inputs, base + (bundle * lines + line) * LINE)
 
     def transform_output(
-        self, k: tir.PrimExpr, row: tir.PrimExpr, vectors: int, products: tir.Buffer, writer: Writer
+        self, k: tir.PrimExpr, place: tir.PrimExpr, vectors: int, products: tir.Buffer, writer: Writer
     ) -> None:
         """``Y = AT M A`` and the bias, for one filter.
 
         Args:
-            row: the filter's among the products.
+            place: the filter's among the products.
         """
         code, n, m = self.code, self.matrices.n, self.plan.layout.m
         code.align_stack()
         bias = code.keep(code.splat(self.buffers.bias[k]))
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
-            source, store = code.let(row * self.plan.tiles + vector), writer(vector)
+            source, store = code.let(place * self.plan.tiles + vector), writer(vector)
 
             def at_position(v: int, u: int) -> tir.PrimExpr:
                 return code.load(products, (u * n + v) * self.plan.product_stride + source)

@@ -69,7 +69,7 @@ def test_auto_tells_the_sparsity_at_which_the_nearest_kernel_wins():
     assert layer.break_even["direct"] == pytest.approx(1 - 80 / 144)
     assert layer.break_even["winograd_f2"] == pytest.approx(1 - 120 / 256)
     assert layer.break_even["winograd_f4"] == pytest.approx(1 - 140 / 576)
-    assert layer.reason == "direct needs 44.4 % to win here; has 25 %"
+    assert layer.reason == "direct needs 44.4 % to win here, has 25 %"
 
 
 def test_auto_tells_when_nothing_ever_wins():
@@ -88,7 +88,7 @@ def test_auto_tells_when_the_next_kernel_would_win():
     assert layer.kernel == "direct"
     assert layer.overtaken["winograd_f2"] == pytest.approx(1 - 248 / 256)
     assert layer.overtaken["winograd_f4"] == pytest.approx(1 - 268 / 576)
-    assert layer.reason == "6.1 times as fast as dense; winograd_f2 from 3.12 %, has 0 %"
+    assert layer.reason == "6.1 times as fast as dense; winograd_f2 needs 3.12 % to win here, has 0 %"
 
 
 def test_dense_is_dense_whatever_the_cost():
@@ -99,7 +99,7 @@ def test_dense_is_dense_whatever_the_cost():
 def test_spatial_forces_direct_and_says_what_it_costs():
     layer = choose("spatial", Costs(**EVEN))
     assert layer.kernel == "direct"
-    assert layer.reason == "asked for, slower than dense: direct needs 44.4 % to win here; has 0 %"
+    assert layer.reason == "asked for, slower than dense: direct needs 44.4 % to win here, has 0 %"
 
 
 def test_winograd_forces_the_cheaper_tile():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,53 @@ def test_a_channel_that_a_filter_does_not_read_is_not_felt(tile: int, filters: i
 def test_kernels_run_in_parallel(tile: int) -> None:
     library = build(module(SMALL, relay.nn.relu, tile))
     assert "TVMBackendParallelLaunch" in library.get_lib().get_source("ll")
+
+
+# By what is shared out: (batch, channels, height and width, filters, groups), of 4x4 tiles with AVX2.
+SHARED = {
+    "filters of one block": (1, 9, 14, 37, 1),
+    "channels fewer than parts": (1, 3, 14, 40, 1),
+    "one bundle": (1, 24, 13, 3, 1),
+    "two images": (2, 5, 14, 70, 1),
+    "three images in groups": (3, 6, 14, 34, 2),
+    "two blocks": (1, 7, 28, 33, 1),
+    "unequal blocks": (1, 5, 40, 20, 1),
+    "many unequal blocks": (2, 3, 57, 6, 1),
+}
+
+
+@needs_avx2
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", SHARED)
+def test_winograd_shared_out(name: str, threads: int, use_threads: Callable[[int], None]) -> None:
+    batch, channels, size, filters, groups = SHARED[name]
+    geometry = ConvGeometry(batch, channels, size, size, filters, (3, 3), padding=(1, 1, 1, 1), groups=groups)
+    use_threads(threads)
+    check_plain(geometry, 4, HASWELL, sparsity=0.7)
+
+
+def test_what_is_shared_out() -> None:
+    """Each way at least once."""
+    plans = []
+    for batch, channels, size, filters, groups in SHARED.values():
+        geometry = ConvGeometry(batch, channels, size, size, filters, (3, 3), padding=(1, 1, 1, 1), groups=groups)
+        plans.append(winograd_plan(geometry, 4, cpu_facts(HASWELL)))
+    in_parts = [plan for plan in plans if not plan.blocks_in_parallel]
+    assert any(plan.filter_parts > 1 and plan.bundles % plan.part_bundles for plan in in_parts)
+    assert any(plan.channel_parts > plan.geometry.in_channels for plan in in_parts)
+    assert any(plan.filter_parts == 1 for plan in in_parts)
+    assert {plan.all_blocks for plan in in_parts} == {1, 2, 3}
+    assert any(plan.blocking.blocks > 1 for plan in in_parts)
+    assert sum(plan.blocks_in_parallel and not plan.blocking.even for plan in plans) >= 2
+
+
+@needs_avx2
+def test_so_many_blocks_that_counting_them_needs_64_bits() -> None:
+    geometry = ConvGeometry(1, 1, 3000, 4000, 1, (3, 3), padding=(1, 1, 1, 1))
+    blocking = winograd_plan(geometry, 4, cpu_facts(HASWELL)).blocking
+    assert not blocking.even
+    assert blocking.image * blocking.blocks > 2**31
+    check_plain(geometry, 4, HASWELL)
 
 
 # --- blocks

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tvm
 from numpy.typing import NDArray
-from tvm import relay, te
+from tvm import relay, te, tir
 from tvm.contrib import graph_executor
 
 from jointsparse.passes.absorb_conversions import AbsorbConversions
@@ -25,9 +25,11 @@ from jointsparse.schedules.convolution_buffers import Arguments
 from jointsparse.schedules.epilogues import Activation
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.targets import cpu_facts
-from jointsparse.schedules.tile_images import ImageEnds, why_not_images
+from jointsparse.schedules.tile_images import ImageEnds, Images, why_not_images
+from jointsparse.schedules.tiles import TileLayout
+from jointsparse.schedules.vector_code import VectorCode
 from jointsparse.schedules.winograd import transform
-from jointsparse.schedules.winograd_plan import winograd_plan
+from jointsparse.schedules.winograd_plan import WinogradPlan, winograd_plan
 from tests.host import TARGETS
 
 SIZES = ((56, 56), (64, 64), (63, 64), (13, 112), (7, 128), (6, 256), (30, 24), (2, 200))
@@ -188,3 +190,46 @@ def test_images_where_it_is_impossible_are_refused() -> None:
         sparse_winograd.sparse_winograd(
             arguments, plan=plan, activation=Activation(), ends=ImageEnds(nchw_result=True), prefetch=True
         )
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("vector", [0, 16])
+def test_what_is_fetched_is_what_the_next_block_reads(size: int, vector: int) -> None:
+    """But for the first rows of its tiles."""
+    geometry = ConvGeometry(1, 1, 64, 256, 1, (size, size), padding=(size // 2,) * 4)
+    layout, reach, vectors = WinogradPlan.of(geometry, 4, 16, 32, 4).layout, size // 2, 2
+    first = 6 * (layout.cols // layout.lanes)
+    fetched = _touched(layout, first, vectors, vector, reach)[0]
+    read = _touched(layout, first + vectors, vectors, vector, reach)[1]
+    top = 6 * layout.m
+    own = {(row, column) for row, column in read if row not in range(top, top + reach)}
+    # Vectors beside the tiles are read for a column or two of theirs.
+    left, right = min(column for _, column in fetched), max(column for _, column in fetched)
+    assert right - left == 3 * layout.lanes
+    assert fetched == {(row, column) for row, column in own if left <= column <= right}
+    assert {row for row, _ in fetched} == {*range(top - reach, top), *range(top + reach, top + layout.m + reach)}
+
+
+def _touched(
+    layout: TileLayout, first: int, vectors: int, vector: int, reach: int
+) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+    """(row, column) where a vector of a block fetches, and where it loads."""
+    simplify = tvm.arith.Analyzer().simplify
+    fetched: set[tuple[int, int]] = set()
+    loaded: set[tuple[int, int]] = set()
+    code = VectorCode(tvm.tir.ir_builder.create(), layout.lanes, prefetch=True)
+    # All is constant here: no variable in between.
+    code.let = lambda value: value  # type: ignore[method-assign]
+    code.fetch = lambda _, *index: fetched.add((int(simplify(index[2])), int(simplify(index[3]))))  # type: ignore
+    buffer = tir.decl_buffer((1, 1, layout.height, layout.width))
+    zero, one = tir.const(0, "int32"), tir.const(vector, "int32")
+    pixels = Images(code, layout, tir.const(first, "int32"), vectors, fetch=True).reader(buffer, zero, zero)(one, reach)
+
+    def visit(node: object) -> None:
+        if isinstance(node, tir.BufferLoad) and node.buffer.same_as(buffer):
+            loaded.add((int(simplify(node.indices[2])), int(simplify(node.indices[3].base))))
+
+    for row in range(-reach, layout.m + reach):
+        for number in pixels.loaded:
+            tir.stmt_functor.post_order_visit(tir.Evaluate(pixels.load(row, number)), visit)
+    return fetched, loaded
