@@ -58,6 +58,9 @@ class Inputs:
     first: tir.PrimExpr | int = 0
 
 
+_MOST_LINES = 64
+"""Fetched ahead by the code of one bundle."""
+
 _VALUES_AHEAD = 256
 """Non-zeros from the one that is used to the one that is fetched: in a network weights come from beyond L2."""
 
@@ -148,7 +151,7 @@ class WinogradSteps:
     def _fetch_next(self, inputs: tir.Buffer, base: tir.PrimExpr, bundle: tir.PrimExpr) -> None:
         """Of the transformed input of the next position, the part of one bundle: before it is needed."""
         lines = -(-self.plan.input_stride // (self.plan.part_bundles * LINE))
-        for line in range(lines):
+        for line in range(min(lines, _MOST_LINES)):
             self.code.fetch(inputs, base + (bundle * lines + line) * LINE)
 
     def transform_output(
