@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .costs import CostModel, LinearCostModel
+    from .measured_costs import MeasuredCostModel
     from .pipeline import sparsify
     from .plan import LayerPlan, Plan
 
-__all__ = ["CostModel", "LayerPlan", "LinearCostModel", "Plan", "sparsify"]
+__all__ = ["CostModel", "LayerPlan", "LinearCostModel", "MeasuredCostModel", "Plan", "sparsify"]
 
 _HOME = {
     "CostModel": "costs",
     "LayerPlan": "plan",
     "LinearCostModel": "costs",
+    "MeasuredCostModel": "measured_costs",
     "Plan": "plan",
     "sparsify": "pipeline",
 }

@@ -233,7 +233,7 @@ def kind(kernel: str, geometry: ConvGeometry) -> str:
 
 
 def counts(kernel: str, geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts) -> dict[str, float]:
-    """How often a kernel does what, waste at the edges of blocks included.
+    """How often a kernel does what, waste at the edges of the image included.
 
     Returns:
         ``vectors`` (vector multiply-adds; of sparse kernels by non-zeros), ``touched`` (direct, vectors

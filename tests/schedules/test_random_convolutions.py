@@ -80,7 +80,7 @@ def _check_many(draw_case: Callable[..., Case], use_threads: Callable[[int], Non
     assert sum(weights_of(case).any() for case, _ in seen.values()) > 0.9 * len(seen)
     blocks = [_blocks(case, target) for case, target in seen.values()]
     assert sum(number > 1 for number in blocks) >= 10
-    # Blocks run in parallel from 4 on; with fewer, channels.
+    # Blocks run in parallel from 4 on; with fewer, parts of their channels and filters.
     assert sum(number == 1 for number in blocks) >= 10
     assert sum(number >= 4 for number in blocks) >= 5
     return list(seen.values())

@@ -119,7 +119,7 @@ def kernel(geometry: ConvGeometry, tile: int, target: str) -> tuple[list[NDArray
 def test_zeros_around_the_image(
     target: str, batch: int, height: int, width: int, blocks: int, use_threads: Callable[[int], None]
 ) -> None:
-    """Whatever was there before, in every chunk; blocks in parallel, or steps of one block after the other."""
+    """Whatever was there before, in every chunk; blocks in parallel, or parts of them."""
     geometry = ConvGeometry(batch, 2, height, width, 3, (3, 3), padding=(1, 1, 1, 1))
     plan = winograd_plan(geometry, 4, cpu_facts(target))
     assert plan.layout.form == CHUNKS
@@ -149,4 +149,4 @@ def test_an_image_that_is_fetched_ahead(
         function = tvm.build(te.create_schedule(output.op), [*inputs, output], target)
         fetches.append(function.get_source("ll").count("call void @llvm.prefetch"))
     chunk = cpu_facts(target).lanes * 4 * 4 // 16
-    assert fetches[1] - fetches[0] in (chunk, 2 * chunk), "its lines, in a block of full length and perhaps the last"
+    assert fetches[1] - fetches[0] in (chunk, 2 * chunk), "its lines, in blocks of full length and perhaps in shorter ones"
