@@ -149,4 +149,4 @@ def test_an_image_that_is_fetched_ahead(
         function = tvm.build(te.create_schedule(output.op), [*inputs, output], target)
         fetches.append(function.get_source("ll").count("call void @llvm.prefetch"))
     chunk = cpu_facts(target).lanes * 4 * 4 // 16
-    assert fetches[1] - fetches[0] in (chunk, 2 * chunk), "its lines, in blocks of full length and perhaps in shorter ones"
+    assert fetches[1] - fetches[0] in (chunk, 2 * chunk), "its lines, in long blocks and perhaps in short ones"
