@@ -1,13 +1,14 @@
 """Measure the kernels on this machine: a log that the choice of kernels goes by, and the cost model's coefficients.
 
-    python -m benchmarks.calibrate_costs [--target "llvm -mcpu=..."] [--log FILE | --fit FILE | --check FILE]
+    python -m benchmarks.calibrate_costs [--target "llvm -mcpu=..."] [--log FILE [--again] | --fit FILE | --check FILE]
 
 The layers are those of the benchmark's networks, and some more. Each kernel runs alone, as a library of one layer
 (Winograd's on images in the layout that a network would have), on one thread; the figure is the least processor time
-of many runs, because whatever else the machine does only ever adds to it. --log writes them for ``tuning_logs/``. The
-fit is by non-negative least squares of the relative error; it prints the coefficients for ``passes/costs.py`` and how
-far they are off on the layers measured. --check measures again, at more sparsities, and tells how much slower than the
-best alternative the kernels are that a log makes the choice take.
+of many runs, because whatever else the machine does only ever adds to it. --log writes them for ``tuning_logs/``;
+--again measures what the log has already once more, and the least counts. The fit is by non-negative least squares of
+the relative error; it prints the coefficients for ``passes/costs.py`` and how far they are off on the layers measured.
+--check measures again, at more sparsities, and tells how much slower than the best alternative the kernels are that a
+log makes the choice take.
 """
 
 from __future__ import annotations
@@ -327,6 +328,7 @@ def main() -> None:
     parser.add_argument("--target", default=f"llvm -mcpu={tvm.target.codegen.llvm_get_system_cpu()}")
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--log", type=Path, help="write measurements here, and go on from them")
+    parser.add_argument("--again", action="store_true", help="measure also what the log has already")
     one.add_argument("--fit", type=Path, help="fit a log written before, instead of measuring")
     one.add_argument("--check", type=Path, help="measure the choice by a log written before")
     arguments = parser.parse_args()
@@ -335,12 +337,12 @@ def main() -> None:
     try:
         if arguments.check:
             chosen_by = MeasuredCostModel({name: read(arguments.check, name)})
-            tell(measured_log(None, network_layers(target), CHECKED, target), chosen_by, target)
+            tell(measured_log(None, network_layers(target), CHECKED, target, False), chosen_by, target)
             return
         if arguments.fit:
             log = read(arguments.fit, name)
         else:
-            log = measured_log(arguments.log, (*network_layers(target), *LAYERS), SPARSITIES, target)
+            log = measured_log(arguments.log, (*network_layers(target), *LAYERS), SPARSITIES, target, arguments.again)
     except (OSError, ValueError) as error:
         sys.exit(f"calibrate_costs: {error}")
     coefficients, errors = fit(log, target)
@@ -360,15 +362,21 @@ def read(path: Path, name: str) -> Log:
 
 
 def measured_log(
-    path: Path | None, layers: Iterable[ConvGeometry], sparsities: Sequence[float], target: tvm.target.Target
+    path: Path | None,
+    layers: Iterable[ConvGeometry],
+    sparsities: Sequence[float],
+    target: tvm.target.Target,
+    again: bool,
 ) -> Log:
-    """Measurements of layers; those of a file that is there already are not made again."""
+    """Measurements of layers, of those of a file that is there already only if asked for again."""
     name = family(cpu_facts(target))
     log = dict(read(path, name)) if path and path.exists() else {}
     for geometry in dict.fromkeys(layers):
-        if geometry in log:
+        known = log.get(geometry, {})
+        if known and not again:
             continue
-        log[geometry] = measure(geometry, sparsities, target)
+        measured = measure(geometry, sparsities, target)
+        log[geometry] = {kernel: times.least(known.get(kernel, times)) for kernel, times in measured.items()}
         if path:
             with replacing(path) as file:
                 file.write_text(dump(log, name, str(describe()["cpu"])))

@@ -34,10 +34,15 @@ class Times:
 
     @classmethod
     def of(cls, measured: Mapping[int, float]) -> Times:
-        """Of seconds by non-zeros. More non-zeros do not take less time: what says otherwise is noise."""
+        """Of seconds by non-zeros. What took longer than with more of them was disturbed."""
         nonzeros = sorted(measured)
-        seconds = np.maximum.accumulate([measured[count] for count in nonzeros])
+        seconds = np.minimum.accumulate([measured[count] for count in reversed(nonzeros)])[::-1]
         return cls(tuple(nonzeros), tuple(float(f"{time:.4g}") for time in seconds))
+
+    def least(self, other: Times) -> Times:
+        """Of two measurements: what else a machine does only ever adds to them."""
+        one, two = (dict(zip(times.nonzeros, times.seconds, strict=True)) for times in (self, other))
+        return Times.of({count: min(times[count] for times in (one, two) if count in times) for count in one | two})
 
 
 Log = Mapping[ConvGeometry, Mapping[str, Times]]

@@ -61,7 +61,12 @@ def test_what_was_not_measured_is_predicted(kernel: str, geometry: ConvGeometry,
 
 def test_more_nonzeros_never_cost_less() -> None:
     noisy = Times.of({200: 1.5e-6, 10: 1e-6, 100: 2e-6})
-    assert noisy == Times((10, 100, 200), (1e-6, 2e-6, 2e-6))
+    assert noisy == Times((10, 100, 200), (1e-6, 1.5e-6, 1.5e-6))
+
+
+def test_the_least_of_two_measurements_counts() -> None:
+    one, two = Times.of({10: 1e-6, 100: 3e-6, 200: 5e-6}), Times.of({50: 2e-6, 100: 2.5e-6, 200: 6e-6})
+    assert one.least(two) == two.least(one) == Times((10, 50, 100, 200), (1e-6, 2e-6, 2.5e-6, 5e-6))
 
 
 def test_what_is_measured_is_not_borrowed() -> None:
