@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,3 +202,49 @@ def test_rows_of_other_sparsities_ask_for_nothing() -> None:
     with pytest.raises(InputError):
         Case("vdsr", 1.0).check()
     assert ISAS == ("native", "avx2")
+
+
+COSTS = """
+import sys
+from pathlib import Path
+import tvm
+from benchmarks.calibrate_costs import LinearCostModel, fit, measured_log, read, regrets, square
+
+path, target = Path(sys.argv[1]), tvm.target.Target("llvm")
+small, larger = square(4, 4, 8), square(4, 6, 9, 5)
+first = measured_log(path, [small], [0.0, 0.9], target, again=False)
+assert set(first[small]) == {"dense", "direct", "winograd_f2", "winograd_f4"}
+# Goes on: what is there stays as it is.
+both = measured_log(path, [small, larger, larger], [0.0, 0.9], target, again=False)
+assert both[small] == first[small] and list(both) == [small, larger] and read(path, "sse") == both
+again = measured_log(path, [small], [0.0, 0.5, 0.9], target, again=True)[small]
+for kernel, times in first[small].items():
+    later = dict(zip(again[kernel].nonzeros, again[kernel].seconds, strict=True))
+    assert all(later[count] <= seconds for count, seconds in zip(times.nonzeros, times.seconds, strict=True))
+    assert len(later) == (1 if kernel == "dense" else 3)
+coefficients, errors = fit(both, target)
+assert set(coefficients) == set(errors) == {"dense", "direct", "winograd_f2", "winograd_f4"}
+cases = list(regrets(both, LinearCostModel({"sse": coefficients}), target))
+assert len(cases) == 4 and all(ratio >= 1 for ratio, _ in cases)
+try:
+    read(path, "avx2")
+except ValueError as error:
+    assert "not a log of costs on avx2" in str(error)
+else:
+    raise AssertionError
+"""
+
+
+def test_costs_are_measured_logged_and_fitted(tmp_path: Path) -> None:
+    """In a process of its own: it is for one thread."""
+    subprocess.run([sys.executable, "-c", COSTS, str(tmp_path / "log.json")], check=True)
+
+
+def test_layers_of_the_networks_are_those_that_were_measured() -> None:
+    code = (
+        "import tvm; from benchmarks.calibrate_costs import network_layers;"
+        "from jointsparse.passes.measured_costs import shipped;"
+        "missing = set(network_layers(tvm.target.Target('llvm'))) - (set(shipped('avx2')) & set(shipped('avx512')));"
+        "assert not missing, missing"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
