@@ -162,10 +162,10 @@ def _kernel(name: str) -> str:
 
 
 def _seen(graph: _Graph, node: int) -> tuple[int, int, int]:
-    """Elements of an operator's output, of its data, and of all its parameters."""
+    """Elements of an operator's output, of its data, and of its largest parameter: the weights."""
     data = [size for name, size in graph.inputs(node) if name not in graph.parameters]
     parameters = [size for name, size in graph.inputs(node) if name in graph.parameters]
-    return graph.size(node), data[0] if data else 1, max(1, sum(parameters))
+    return graph.size(node), data[0] if data else 1, max(parameters, default=1)
 
 
 def _expected(layer: Mapping[str, Any]) -> tuple[int, int, float]:
