@@ -7,11 +7,8 @@ from functools import cache
 from typing import Protocol
 
 PARALLEL_BLOCKS = 4
-"""With so many blocks or more, of all images, they run in parallel; with fewer, parts of their channels and filters."""
-
-
-PARTS = 8
-"""Into how many parts channels or filters are split to run in parallel, those of all blocks together."""
+"""With so many blocks or more, of all images, they run in parallel; with fewer, about so many parts of their channels
+and filters."""
 
 
 class Cpu(Protocol):
@@ -59,20 +56,24 @@ images around it, leave the caches. Measured from 64 to 512 channels with AVX-51
 
 _FEW = 16
 """Blocks of an image below which there is no odd number: of seven, one thread of two would have four. Then they are
-longer, up to twice: with 14 vectors of 64 channels 2 % slower on one thread, 10 % faster on two."""
+longer, up to twice: with 13 vectors of 64 channels 2 % slower on one thread, 10 % faster on two."""
+
+_FEW_CHANNELS = 128
+"""With more, the transformed channels of longer blocks would not stay in L2: with 256, 10 % slower on one thread, and
+nothing gained on two."""
 
 _TOGETHER = 4
 """Rows of weights. With more it makes no difference."""
 
 
 @cache
-def winograd_blocking(vectors: int, filters: int, cpu: Cpu) -> WinogradBlocking:
-    """Blocks for an image of so many vectors, and bundles of so many rows, both evenly filled; their sums stay in three
-    quarters of the registers."""
+def winograd_blocking(vectors: int, channels: int, filters: int, cpu: Cpu) -> WinogradBlocking:
+    """Blocks for an image of so many vectors and channels, and bundles of rows, both evenly filled; their sums stay in
+    three quarters of the registers."""
     sums = cpu.registers * 3 // 4
     most = max(1, min(_TILES // cpu.lanes, sums // 2))
     blocks = -(-vectors // most)
-    if PARALLEL_BLOCKS <= blocks < _FEW and blocks % 2 and 2 * most <= sums:
+    if PARALLEL_BLOCKS <= blocks < _FEW and blocks % 2 and 2 * most <= sums and channels <= _FEW_CHANNELS:
         blocks = 2 * -(-vectors // (2 * 2 * most))
     length = -(-vectors // blocks)
     bundles = -(-filters // max(1, min(_TOGETHER, sums // length)))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from .blocking import PARALLEL_BLOCKS, PARTS, Cpu
+from .blocking import PARALLEL_BLOCKS, Cpu
 from .geometry import ConvGeometry, round_up
 
 _FLOAT = 4  # bytes
@@ -68,6 +68,16 @@ class DirectPlan:
         """Whether each block is computed from beginning to end by one thread."""
         down, across = self.blocks
         return self.geometry.batch * down * across >= PARALLEL_BLOCKS
+
+    @property
+    def part_filters(self) -> int:
+        """Filters of a part; the last may have fewer."""
+        return -(-self.geometry.out_channels // PARALLEL_BLOCKS)
+
+    @property
+    def filter_parts(self) -> int:
+        """Of the filters of a block, each computed by one thread where blocks are not in parallel."""
+        return -(-self.geometry.out_channels // self.part_filters)
 
     @property
     def vectors(self) -> int:
@@ -272,7 +282,7 @@ def _nanoseconds(plan: DirectPlan, cpu: Cpu) -> float:
     work = down * across * (geometry.out_channels * (products + sums) + packing)
     if plan.blocks_in_parallel:
         return work * (1 + _IDLE * _idle(geometry.batch * down * across))
-    return work * (1 + _IDLE * _idle(min(PARTS, geometry.out_channels))) + _LAUNCH * down * across
+    return work * (1 + _IDLE * _idle(plan.filter_parts)) + _LAUNCH * down * across
 
 
 def _idle(parts: int) -> float:

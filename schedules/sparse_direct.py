@@ -18,7 +18,6 @@ from functools import partial
 import tvm
 from tvm import te, tir
 
-from .blocking import PARTS
 from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .direct_plan import DirectPlan
 from .epilogues import Activation
@@ -102,7 +101,7 @@ class _Kernel:
         if self.geometry.groups > 1:
             self._grouped_filters(work, kind)
         elif kind == "parallel":
-            self._chunks_of_filters(work)
+            self._parts_of_filters(work)
         else:
             self._channels_by_channels(work)
 
@@ -117,13 +116,13 @@ class _Kernel:
             self._pack(work, first, part_of(plan.channels, self.geometry.in_channels, first), "serial")
             self._add_products(work, channels, 0, self.geometry.out_channels)
 
-    def _chunks_of_filters(self, work: _Work) -> None:
-        filters = self.geometry.out_channels
-        chunk = -(-filters // PARTS)
-        with self.code.loop(-(-filters // chunk), "chunk", "parallel") as part:
-            first = part * chunk
-            with self.code.loop(self.plan.channel_blocks, "c") as channels:
-                self._add_products(work, channels, first, part_of(chunk, filters, first))
+    def _parts_of_filters(self, work: _Work) -> None:
+        plan = self.plan
+        with self.code.loop(plan.filter_parts, "part", "parallel") as part:
+            first = part * plan.part_filters
+            count = part_of(plan.part_filters, self.geometry.out_channels, first)
+            with self.code.loop(plan.channel_blocks, "c") as channels:
+                self._add_products(work, channels, first, count)
 
     def _grouped_filters(self, work: _Work, kind: str) -> None:
         """A filter reads the channels of its group only, and a block of channels is of whole groups."""

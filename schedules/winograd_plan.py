@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from .blocking import PARALLEL_BLOCKS, PARTS, Cpu, WinogradBlocking, winograd_blocking
+from .blocking import PARALLEL_BLOCKS, Cpu, WinogradBlocking, winograd_blocking
 from .geometry import ConvGeometry
 from .tiles import SPREAD, TileLayout, tile_layout
 
@@ -83,8 +83,9 @@ class WinogradPlan:
 
     @property
     def channel_parts(self) -> int:
-        """Of the channels of a block, each transformed by one thread; one where blocks are in parallel."""
-        return 1 if self.blocks_in_parallel else PARTS // self.all_blocks
+        """Of the channels of a block, each transformed by one thread; one where blocks are in parallel. No more than it
+        takes for as many parts as there would have to be blocks: each part of the filters reads all channels again."""
+        return -(-PARALLEL_BLOCKS // self.all_blocks)
 
     @property
     def filter_parts(self) -> int:
@@ -131,7 +132,7 @@ class WinogradPlan:
 def winograd_plan(geometry: ConvGeometry, tile: int, cpu: Cpu) -> WinogradPlan:
     """The plan for a CPU."""
     layout, _ = _layout(geometry, tile, cpu.lanes)
-    blocking = winograd_blocking(layout.vectors, geometry.out_channels, cpu)
+    blocking = winograd_blocking(layout.vectors, geometry.in_channels, geometry.out_channels, cpu)
     return WinogradPlan.of(geometry, tile, cpu.lanes, blocking.blocks, blocking.together)
 
 

@@ -444,13 +444,16 @@ def test_winograd_blocks_cover_all_tiles(geometry: ConvGeometry, m: int, lanes: 
 
 @given(
     vectors=st.integers(1, 5000),
+    channels=st.integers(1, 600),
     filters=st.integers(1, 600),
     registers=st.integers(2, 32),
     lanes=st.sampled_from([1, 4, 8, 16]),
 )
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_blocks_and_bundles_are_evenly_filled(vectors: int, filters: int, registers: int, lanes: int) -> None:
-    blocking = winograd_blocking(vectors, filters, Cpu(lanes=lanes, registers=registers))
+def test_blocks_and_bundles_are_evenly_filled(
+    vectors: int, channels: int, filters: int, registers: int, lanes: int
+) -> None:
+    blocking = winograd_blocking(vectors, channels, filters, Cpu(lanes=lanes, registers=registers))
     assert blocking.vectors == -(-vectors // blocking.blocks)
     assert blocking.vectors * blocking.together <= registers * 3 // 4
     assert 1 <= blocking.together <= filters
@@ -458,7 +461,7 @@ def test_blocks_and_bundles_are_evenly_filled(vectors: int, filters: int, regist
     assert bundles * blocking.together - filters < bundles
     assert blocking == WinogradBlocking(vectors, blocking.blocks, blocking.together)
     # Two threads have equally many, where it matters.
-    assert registers < 3 or not 4 <= blocking.blocks < 16 or blocking.blocks % 2 == 0
+    assert registers < 3 or channels > 128 or not 4 <= blocking.blocks < 16 or blocking.blocks % 2 == 0
 
 
 @pytest.mark.parametrize("channels", [31, 32, 63, 64, 127, 128, 255, 256, 512])
