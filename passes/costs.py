@@ -66,101 +66,97 @@ Coefficients = Mapping[str, Mapping[str, float]]
 
 # Printed by benchmarks/calibrate_costs.py; see there for the layers measured.
 FAMILIES: Mapping[str, Coefficients] = {
-    # Chosen by it against the best: 1.018 times its time on average, 1.89 at worst, within 5 % in 90.1% of 464 cases.
+    # Chosen by it against the best: 1.007 times its time on average, 1.38 at worst, within 5 % in 94.9% of 591 cases.
     "avx512": {
-        "dense": {"vectors": 0.162, "inputs": 1.4, "outputs": 2.08, "weights": 0.138},  # mean error 15%
+        "dense": {"vectors": 0.159, "inputs": 1.3, "outputs": 1.84, "weights": 0.11},  # mean error 13%
         "direct": {
-            "vectors": 0.233,
-            "touched": 0.0715,
-            "entries": 0.213,
-            "rows": 0.336,
-            "packed": 0.15,
-            "outputs": 0.1,
-            "fixed": 140.0,
-        },  # mean error 14%
+            "vectors": 0.213,
+            "touched": 0.0796,
+            "entries": 0.249,
+            "rows": 0.167,
+            "packed": 0.136,
+            "outputs": 0.0905,
+            "fixed": 191.0,
+        },  # mean error 10%
         "winograd_f2": {
-            "vectors": 0.203,
-            "entries": 0.243,
-            "far_entries": 0.171,
-            "rows": 0.233,
-            "inputs": 2.5,
-            "outputs": 1.63,
-            "fixed": 1870.0,
-        },  # mean error 16%
-        "winograd_f4": {
-            "vectors": 0.215,
-            "entries": 0.18,
-            "far_entries": 0.22,
-            "rows": 3.16,
-            "inputs": 3.93,
-            "outputs": 1.11,
-        },  # mean error 17%
-        "dense_1x1": {"vectors": 0.219, "inputs": 0.252, "outputs": 0.575, "fixed": 975.0},  # mean error 8%
-        "direct_1x1": {
-            "vectors": 0.287,
-            "entries": 0.0109,
-            "rows": 4.06,
-            "packed": 0.0932,
-            "outputs": 0.0254,
-            "fixed": 2610.0,
+            "vectors": 0.178,
+            "entries": 0.271,
+            "far_entries": 0.106,
+            "rows": 0.394,
+            "inputs": 2.17,
+            "outputs": 1.55,
+            "fixed": 713.0,
         },  # mean error 11%
-        "dense_fc": {"vectors": 0.176, "ragged": 0.19, "far_weights": 0.163},  # mean error 48%
-        "direct_fc": {
-            "vectors": 0.252,
-            "entries": 0.16,
-            "far_entries": 0.0898,
-            "rows": 2.57,
-            "packed": 0.976,
-            "fixed": 1650.0,
-        },  # mean error 18%
-        "dense_grouped": {"vectors": 0.234, "weights": 0.0467, "fixed": 147000.0},  # mean error 4%
-        "depthwise": {"vectors": 1.03, "inputs": 0.687},  # mean error 34%
-    },
-    # Chosen by it against the best: 1.018 times its time on average, 1.77 at worst, within 5 % in 91.4% of 464 cases.
-    "avx2": {
-        "dense": {"vectors": 0.202, "inputs": 1.38, "outputs": 1.2},  # mean error 30%
-        "direct": {
-            "vectors": 0.179,
-            "touched": 0.0448,
-            "rows": 0.0592,
-            "packed": 0.119,
-            "outputs": 0.119,
-        },  # mean error 16%
-        "winograd_f2": {
-            "vectors": 0.206,
-            "far_entries": 0.166,
-            "rows": 2.4,
-            "inputs": 1.48,
-            "outputs": 0.31,
-            "fixed": 2360.0,
-        },  # mean error 18%
         "winograd_f4": {
-            "vectors": 0.177,
-            "entries": 0.0231,
-            "far_entries": 0.304,
-            "rows": 2.15,
-            "inputs": 2.47,
-            "outputs": 0.973,
-        },  # mean error 18%
-        "dense_1x1": {"vectors": 0.226, "inputs": 0.272, "outputs": 0.691},  # mean error 12%
+            "vectors": 0.217,
+            "entries": 0.172,
+            "far_entries": 0.175,
+            "rows": 2.56,
+            "inputs": 3.15,
+            "outputs": 1.16,
+        },  # mean error 12%
+        "dense_1x1": {"vectors": 0.196, "inputs": 0.288, "outputs": 0.594, "weights": 0.0324},  # mean error 3%
         "direct_1x1": {
-            "vectors": 0.203,
-            "rows": 3.95,
-            "packed": 0.0429,
-            "outputs": 0.0358,
-            "fixed": 2150.0,
-        },  # mean error 17%
-        "dense_fc": {"vectors": 0.414, "ragged": 0.111, "far_weights": 0.125, "fixed": 932.0},  # mean error 41%
+            "vectors": 0.257,
+            "entries": 0.0493,
+            "rows": 4.48,
+            "packed": 0.0993,
+            "outputs": 0.0132,
+            "fixed": 1920.0,
+        },  # mean error 7%
+        "dense_fc": {"vectors": 0.149, "ragged": 0.19, "far_weights": 0.142},  # mean error 43%
         "direct_fc": {
-            "vectors": 0.151,
-            "entries": 0.268,
-            "far_entries": 0.0932,
-            "rows": 3.88,
-            "packed": 0.381,
-            "fixed": 1260.0,
+            "vectors": 0.224,
+            "entries": 0.158,
+            "far_entries": 0.095,
+            "rows": 2.38,
+            "packed": 0.934,
+            "fixed": 1650.0,
         },  # mean error 17%
-        "dense_grouped": {"vectors": 0.252, "outputs": 2.49},  # mean error 20%
-        "depthwise": {"vectors": 0.0926, "inputs": 0.822, "outputs": 0.274},  # mean error 26%
+        "dense_grouped": {"vectors": 0.156, "outputs": 1.21, "weights": 0.672},  # mean error 10%
+        "depthwise": {"vectors": 0.967, "inputs": 0.647},  # mean error 35%
+    },
+    # Chosen by it against the best: 1.008 times its time on average, 1.49 at worst, within 5 % in 95.0% of 464 cases.
+    "avx2": {
+        "dense": {"vectors": 0.179, "inputs": 1.37, "outputs": 1.13},  # mean error 23%
+        "direct": {"vectors": 0.166, "touched": 0.054, "packed": 0.109, "outputs": 0.109},  # mean error 12%
+        "winograd_f2": {
+            "vectors": 0.152,
+            "entries": 0.0965,
+            "far_entries": 0.137,
+            "rows": 1.36,
+            "inputs": 1.34,
+            "outputs": 0.496,
+            "fixed": 807.0,
+        },  # mean error 10%
+        "winograd_f4": {
+            "vectors": 0.158,
+            "entries": 0.04,
+            "far_entries": 0.203,
+            "rows": 1.78,
+            "inputs": 2.13,
+            "outputs": 0.88,
+        },  # mean error 11%
+        "dense_1x1": {"vectors": 0.222, "inputs": 0.239, "outputs": 0.606},  # mean error 11%
+        "direct_1x1": {
+            "vectors": 0.159,
+            "entries": 0.149,
+            "rows": 4.51,
+            "packed": 0.0406,
+            "outputs": 0.0137,
+            "fixed": 1850.0,
+        },  # mean error 9%
+        "dense_fc": {"vectors": 0.277, "ragged": 0.127, "far_weights": 0.125, "fixed": 966.0},  # mean error 36%
+        "direct_fc": {
+            "vectors": 0.161,
+            "entries": 0.267,
+            "far_entries": 0.0523,
+            "rows": 1.62,
+            "packed": 0.424,
+            "fixed": 1540.0,
+        },  # mean error 10%
+        "dense_grouped": {"vectors": 0.194, "outputs": 1.3},  # mean error 20%
+        "depthwise": {"vectors": 0.148, "inputs": 0.803, "outputs": 0.12},  # mean error 20%
     },
 }
 
