@@ -133,12 +133,12 @@ class WinogradSteps:
                 code.set(one, code.splat(0.0))
             self._fetch_next(inputs.buffer, inputs.first + following * plan.input_stride, within)
             # In 64 bits, so that what is added to it becomes part of an address.
-            first_entry = code.let(tir.Cast("int64", first_nonzero * together))
+            first_entry, first_input = (code.let(tir.Cast("int64", at)) for at in (first_nonzero * together, base))
             with code.loop(count, "e") as e:
                 entry = code.let(first_entry + tir.Cast("int64", e) * together)
                 code.fetch(buffers.values, entry + _VALUES_AHEAD)
-                for r in range(together):
-                    operand = code.let(base + tir.Cast("int32", buffers.indices[entry + r]) * plan.index_unit)
+                for r, distance in enumerate(self._operands(entry)):
+                    operand = code.let(first_input + distance)
                     weight = code.keep(code.splat(buffers.values[entry + r]))
                     for t, one in enumerate(sums[r]):
                         code.set(one, one + weight * code.load(inputs.buffer, operand + t * code.lanes))
@@ -147,6 +147,23 @@ class WinogradSteps:
                 row = code.let(target + filter_ * plan.tiles)
                 for t, one in enumerate(sums[r]):
                     code.store(products, one, row + t * code.lanes)
+
+    def _operands(self, entry: tir.PrimExpr) -> list[tir.PrimExpr]:
+        """How far the inputs of an entry's non-zeros are from the first, one for each row.
+
+        Loads are what the loop is bound by, so indices come in one where they fit. It also keeps LLVM from computing
+        with them in a vector: they would be taken out of it by the ports that multiply.
+        """
+        indices, together = self.buffers.indices, self.plan.blocking.together
+        one_load = f"uint{16 * together}"
+        if indices.dtype == "uint16" and one_load in ("uint32", "uint64") and self.code.lanes > 1:
+            bits = self.code.let(
+                tir.reinterpret(one_load, indices.vload([tir.Ramp(entry, tir.const(1, "int64"), together)]))
+            )
+            each = [(bits >> tir.const(16 * r, one_load)) & tir.const(0xFFFF, one_load) for r in range(together)]
+        else:
+            each = [indices[entry + r] for r in range(together)]
+        return [tir.Cast("int64", index) * self.plan.index_unit for index in each]
 
     def _fetch_next(self, inputs: tir.Buffer, base: tir.PrimExpr, bundle: tir.PrimExpr) -> None:
         """Of the transformed input of the next position, the part of one bundle: before it is needed."""
