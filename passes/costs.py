@@ -66,7 +66,7 @@ Coefficients = Mapping[str, Mapping[str, float]]
 
 # Printed by benchmarks/calibrate_costs.py; see there for the layers measured.
 FAMILIES: Mapping[str, Coefficients] = {
-    # Chosen by it against the best: 1.007 times its time on average, 1.38 at worst, within 5 % in 94.9% of 591 cases.
+    # Chosen by it against the best: 1.007 times its time on average, 1.41 at worst, within 5 % in 95.1% of 591 cases.
     "avx512": {
         "dense": {"vectors": 0.159, "inputs": 1.3, "outputs": 1.84, "weights": 0.11},  # mean error 13%
         "direct": {
@@ -79,22 +79,22 @@ FAMILIES: Mapping[str, Coefficients] = {
             "fixed": 191.0,
         },  # mean error 10%
         "winograd_f2": {
-            "vectors": 0.178,
-            "entries": 0.271,
-            "far_entries": 0.106,
-            "rows": 0.394,
-            "inputs": 2.17,
-            "outputs": 1.55,
-            "fixed": 713.0,
+            "vectors": 0.212,
+            "entries": 0.164,
+            "far_entries": 0.0956,
+            "rows": 0.743,
+            "inputs": 2.18,
+            "outputs": 1.39,
+            "fixed": 502.0,
         },  # mean error 11%
         "winograd_f4": {
-            "vectors": 0.217,
-            "entries": 0.172,
-            "far_entries": 0.175,
-            "rows": 2.56,
+            "vectors": 0.252,
+            "entries": 0.072,
+            "far_entries": 0.168,
+            "rows": 2.65,
             "inputs": 3.15,
-            "outputs": 1.16,
-        },  # mean error 12%
+            "outputs": 1.12,
+        },  # mean error 14%
         "dense_1x1": {"vectors": 0.196, "inputs": 0.288, "outputs": 0.594, "weights": 0.0324},  # mean error 3%
         "direct_1x1": {
             "vectors": 0.257,
@@ -116,27 +116,26 @@ FAMILIES: Mapping[str, Coefficients] = {
         "dense_grouped": {"vectors": 0.156, "outputs": 1.21, "weights": 0.672},  # mean error 10%
         "depthwise": {"vectors": 0.967, "inputs": 0.647},  # mean error 35%
     },
-    # Chosen by it against the best: 1.008 times its time on average, 1.49 at worst, within 5 % in 95.0% of 464 cases.
+    # Chosen by it against the best: 1.007 times its time on average, 1.49 at worst, within 5 % in 94.8% of 464 cases.
     "avx2": {
         "dense": {"vectors": 0.179, "inputs": 1.37, "outputs": 1.13},  # mean error 23%
         "direct": {"vectors": 0.166, "touched": 0.054, "packed": 0.109, "outputs": 0.109},  # mean error 12%
         "winograd_f2": {
-            "vectors": 0.152,
-            "entries": 0.0965,
-            "far_entries": 0.137,
-            "rows": 1.36,
-            "inputs": 1.34,
-            "outputs": 0.496,
-            "fixed": 807.0,
+            "vectors": 0.162,
+            "entries": 0.0422,
+            "far_entries": 0.129,
+            "rows": 1.43,
+            "inputs": 1.32,
+            "outputs": 0.47,
+            "fixed": 941.0,
         },  # mean error 10%
         "winograd_f4": {
-            "vectors": 0.158,
-            "entries": 0.04,
-            "far_entries": 0.203,
-            "rows": 1.78,
-            "inputs": 2.13,
-            "outputs": 0.88,
-        },  # mean error 11%
+            "vectors": 0.17,
+            "far_entries": 0.167,
+            "rows": 1.92,
+            "inputs": 2.09,
+            "outputs": 0.833,
+        },  # mean error 10%
         "dense_1x1": {"vectors": 0.222, "inputs": 0.239, "outputs": 0.606},  # mean error 11%
         "direct_1x1": {
             "vectors": 0.159,
