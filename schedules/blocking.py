@@ -7,8 +7,8 @@ from functools import cache
 from typing import Protocol
 
 PARALLEL_BLOCKS = 4
-"""With so many blocks or more, of all images, they run in parallel; with fewer, about so many parts of their channels
-and filters."""
+"""With so many blocks or more, of all images, they run in parallel; with fewer, about so many parts of their filters,
+each of which reads all channels again. More than so many threads gain nothing there."""
 
 
 class Cpu(Protocol):
@@ -55,8 +55,8 @@ _TILES = 32
 images around it, leave the caches. Measured from 64 to 512 channels with AVX-512 and AVX2."""
 
 _FEW = 16
-"""Blocks of an image below which there is no odd number: of seven, one thread of two would have four. Then they are
-longer, up to twice: with 13 vectors of 64 channels 2 % slower on one thread, 10 % faster on two."""
+"""Blocks of an image below which, with few channels, there is no odd number: of seven, one thread of two would have
+four. Then they are longer, up to twice: with 13 vectors of 64 channels 2 % slower on one thread, 10 % faster on two."""
 
 _FEW_CHANNELS = 128
 """With more, the transformed channels of longer blocks would not stay in L2: with 256, 10 % slower on one thread, and

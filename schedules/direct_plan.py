@@ -76,7 +76,8 @@ class DirectPlan:
 
     @property
     def filter_parts(self) -> int:
-        """Of the filters of a block, each computed by one thread where blocks are not in parallel."""
+        """Of the filters of a block, each computed by one thread where blocks are not in parallel and filters not in
+        groups."""
         return -(-self.geometry.out_channels // self.part_filters)
 
     @property
@@ -282,7 +283,8 @@ def _nanoseconds(plan: DirectPlan, cpu: Cpu) -> float:
     work = down * across * (geometry.out_channels * (products + sums) + packing)
     if plan.blocks_in_parallel:
         return work * (1 + _IDLE * _idle(geometry.batch * down * across))
-    return work * (1 + _IDLE * _idle(plan.filter_parts)) + _LAUNCH * down * across
+    parts = plan.filter_parts if geometry.groups == 1 else plan.channel_blocks
+    return work * (1 + _IDLE * _idle(parts)) + _LAUNCH * down * across
 
 
 def _idle(parts: int) -> float:

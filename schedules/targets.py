@@ -126,6 +126,10 @@ def cpu_facts(target: tvm.target.Target | str | None = None) -> CpuFacts:
     return CpuFacts(lanes, registers, 1024 * l1, 1024 * l2)
 
 
+# Beginnings of -mtriple. Sparse Winograd loads several indices as one number.
+_BIG_ENDIAN = ("aarch64_be", "armeb", "thumbeb", "mips-", "mips64-", "powerpc-", "powerpc64-", "s390x", "sparc")
+
+
 def gathers_fast(target: tvm.target.Target | str | None = None) -> bool:
     """Whether AVX2's gather is worth its while, by LLVM's tables; of the current target, or plain ``llvm``, when None.
 
@@ -142,6 +146,9 @@ def why_not_target(target: tvm.target.Target | str) -> str | None:
     resolved = _resolve(target)
     if "cpu" not in resolved.keys:
         return f"no sparse schedule for target kind {resolved.kind.name}"
+    triple = str(resolved.attrs.get("mtriple", ""))
+    if triple.startswith(_BIG_ENDIAN):
+        return f"no sparse schedule for big-endian CPUs, {triple}"
     return None
 
 

@@ -132,12 +132,12 @@ class WinogradSteps:
             for one in chain(*sums):
                 code.set(one, code.splat(0.0))
             self._fetch_next(inputs.buffer, inputs.first + following * plan.input_stride, within)
-            # In 64 bits, so that what is added to it becomes part of an address.
+            # In 64 bits, so that what is added to them becomes part of an address.
             first_entry, first_input = (code.let(tir.Cast("int64", at)) for at in (first_nonzero * together, base))
             with code.loop(count, "e") as e:
                 entry = code.let(first_entry + tir.Cast("int64", e) * together)
                 code.fetch(buffers.values, entry + _VALUES_AHEAD)
-                for r, distance in enumerate(self._operands(entry)):
+                for r, distance in enumerate(self._distances(entry)):
                     operand = code.let(first_input + distance)
                     weight = code.keep(code.splat(buffers.values[entry + r]))
                     for t, one in enumerate(sums[r]):
@@ -148,11 +148,12 @@ class WinogradSteps:
                 for t, one in enumerate(sums[r]):
                     code.store(products, one, row + t * code.lanes)
 
-    def _operands(self, entry: tir.PrimExpr) -> list[tir.PrimExpr]:
+    def _distances(self, entry: tir.PrimExpr) -> list[tir.PrimExpr]:
         """How far the inputs of an entry's non-zeros are from the first, one for each row.
 
-        Loads are what the loop is bound by, so indices come in one where they fit. It also keeps LLVM from computing
-        with them in a vector: they would be taken out of it by the ports that multiply.
+        Loads are what the loop is bound by, so two or four indices of 16 bits come in one. It also keeps LLVM from
+        computing with them in a vector: they would be taken out of it by the ports that multiply. Source code, which
+        has one lane, knows no such loads.
         """
         indices, together = self.buffers.indices, self.plan.blocking.together
         one_load = f"uint{16 * together}"

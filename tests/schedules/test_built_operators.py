@@ -162,6 +162,8 @@ SHARED = {
     "two blocks": (1, 7, 28, 33, 1),
     "unequal blocks": (1, 5, 40, 20, 1),
     "many unequal blocks": (2, 3, 57, 6, 1),
+    "two indices in one load": (1, 40, 14, 2, 1),
+    "four indices in one load": (1, 40, 14, 37, 1),
 }
 
 
@@ -188,6 +190,9 @@ def test_what_is_shared_out() -> None:
     assert {plan.all_blocks for plan in in_parts} == {1, 2, 3}
     assert any(plan.blocking.blocks > 1 for plan in in_parts)
     assert sum(plan.blocks_in_parallel and not plan.blocking.even for plan in plans) >= 2
+    # Their indices take 16 bits.
+    of_many_channels = [plan for plan in plans if plan.geometry.in_channels * plan.index_step > 255]
+    assert {2, 4} <= {plan.blocking.together for plan in of_many_channels}
 
 
 @needs_avx2

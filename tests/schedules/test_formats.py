@@ -420,6 +420,9 @@ def test_direct_blocks_cover_the_output(geometry: ConvGeometry, lanes: int, grou
     assert (plan.channel_blocks - 1) * plan.channels < channels <= plan.channel_blocks * plan.channels
     # A block of channels is of whole groups.
     assert groups == 1 or channels % plan.channels == plan.channels % (channels // groups) == 0
+    # Parts of the filters.
+    assert (plan.filter_parts - 1) * plan.part_filters < geometry.out_channels <= plan.filter_parts * plan.part_filters
+    assert plan.filter_parts <= 4
 
 
 @given(geometry=SHAPES, m=st.sampled_from([2, 4]), lanes=st.sampled_from([1, 4, 8, 16]))
@@ -462,6 +465,12 @@ def test_blocks_and_bundles_are_evenly_filled(
     assert blocking == WinogradBlocking(vectors, blocking.blocks, blocking.together)
     # Two threads have equally many, where it matters.
     assert registers < 3 or channels > 128 or not 4 <= blocking.blocks < 16 or blocking.blocks % 2 == 0
+
+
+@pytest.mark.parametrize(("channels", "blocks"), [(64, 4), (128, 4), (129, 7), (256, 7)])
+def test_blocks_of_many_channels_are_not_made_longer(channels: int, blocks: int) -> None:
+    """What is transformed of them would not stay in L2."""
+    assert winograd_blocking(13, channels, 256, Cpu(lanes=16, registers=32)).blocks == blocks
 
 
 @pytest.mark.parametrize("channels", [31, 32, 63, 64, 127, 128, 255, 256, 512])

@@ -116,6 +116,11 @@ def test_targets_without_schedules(target: str) -> None:
     assert target in str(why_not_target(target))
 
 
+def test_no_schedule_for_big_endian_cpus() -> None:
+    assert "aarch64_be-linux-gnu" in str(why_not_target("llvm -mtriple=aarch64_be-linux-gnu -mattr=+neon"))
+    assert why_not_target("llvm -mtriple=aarch64-linux-gnu -mattr=+neon") is None
+
+
 @pytest.mark.parametrize("target", [t for t in X86 if "haswell" in t or "sapphire" in t])
 @pytest.mark.parametrize("tile", [0, 4], ids=["direct", "winograd"])
 @pytest.mark.parametrize("geometry", [LAYER, DEEP], ids=["wide", "deep"])
