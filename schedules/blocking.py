@@ -8,7 +8,7 @@ from typing import Protocol
 
 PARALLEL_BLOCKS = 4
 """With so many blocks or more, of all images, they run in parallel; with fewer, about so many parts of their filters,
-each of which reads all channels again. More than so many threads gain nothing there."""
+each of which reads all channels again. No more than so many threads get any."""
 
 
 class Cpu(Protocol):

@@ -126,10 +126,6 @@ def cpu_facts(target: tvm.target.Target | str | None = None) -> CpuFacts:
     return CpuFacts(lanes, registers, 1024 * l1, 1024 * l2)
 
 
-# Beginnings of -mtriple. Sparse Winograd loads several indices as one number.
-_BIG_ENDIAN = ("aarch64_be", "armeb", "thumbeb", "mips-", "mips64-", "powerpc-", "powerpc64-", "s390x", "sparc")
-
-
 def gathers_fast(target: tvm.target.Target | str | None = None) -> bool:
     """Whether AVX2's gather is worth its while, by LLVM's tables; of the current target, or plain ``llvm``, when None.
 
@@ -139,6 +135,10 @@ def gathers_fast(target: tvm.target.Target | str | None = None) -> bool:
     return resolved.kind.name == "llvm" and bool(
         tvm.target.codegen.target_has_features(["avx2", "fast-gather"], resolved)
     )
+
+
+# Beginnings of -mtriple. Sparse Winograd loads several indices as one number.
+_BIG_ENDIAN = ("aarch64_be", "armeb", "thumbeb", "mips-", "mips64-", "powerpc-", "powerpc64-", "s390x", "sparc")
 
 
 def why_not_target(target: tvm.target.Target | str) -> str | None:

@@ -463,7 +463,8 @@ def test_blocks_and_bundles_are_evenly_filled(
     bundles = -(-filters // blocking.together)
     assert bundles * blocking.together - filters < bundles
     assert blocking == WinogradBlocking(vectors, blocking.blocks, blocking.together)
-    # Two threads have equally many, where it matters.
+    # Two threads have equally many, where it matters; of many channels none are made longer for it.
+    assert channels <= 128 or blocking.vectors <= max(1, min(32 // lanes, registers * 3 // 8))
     assert registers < 3 or channels > 128 or not 4 <= blocking.blocks < 16 or blocking.blocks % 2 == 0
 
 
