@@ -1,15 +1,15 @@
 """Whole networks, sparse, against dense engines: the table of ``make bench``.
 
     python -m benchmarks.against_peers [--network NAME ...] [--sparsity S ...] [--engine NAME ...] [--threads N ...]
-        [--isa native|avx2 ...] [--seconds S] [--layers] [--json FILE]
+        [--isa native|avx2 ...] [--seconds S] [--rounds N] [--layers] [--json FILE]
 
 Networks, weights and pruning are those of ``networks.py``; dense engines run the dense weights, once for each network.
 Every engine runs in a process of its own, pinned to as many cores as it has threads, one at a time, and is compared
 with a reference in double precision before it is timed; one that is wrong, or cannot take part, is listed with the
-reason.
+reason. All engines are measured in turn, in several rounds; of each engine the fastest round counts.
 Results are kept in FILE as they come: the same command again goes on where it stopped, and measures again only what is
-missing, was left out, was measured for a shorter time, or is of another version (for the sparse builds, of other
-sources).
+missing, was left out, was measured for a shorter time or in fewer rounds, or is of another version (for the sparse
+builds, of other sources).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby, product
 from pathlib import Path
 
 import onnx
@@ -55,32 +56,36 @@ class Models:
             if self._dense is None:
                 self._dense = networks.dense_model(networks.NETWORKS[self.case.network])
             folder = self.folder / domain
-            folder.mkdir()
+            folder.mkdir(parents=True)
             onnx.save_model(networks.sparse_model(self._dense, self.case.sparsity, domain), folder / "model.onnx")
             self._benches[domain] = Workbench(folder / "model.onnx", folder)
         return self._benches[domain]
 
 
-def run(cases: list[Case], engines: list[Engine], settings: list[Setting], results: Results) -> None:
-    """Measure what the results lack, row by row."""
-    for case in cases:
+def run(cases: list[Case], engines: list[Engine], settings: list[Setting], results: Results, rounds: int = 1) -> None:
+    """Measure what the results lack, network by network, all of a network once in every round: a slow spell of the
+    machine does not meet one engine alone."""
+    for _, of_network in groupby(cases, key=lambda case: case.network):
         with tempfile.TemporaryDirectory() as folder:
-            models = Models(case, Path(folder))
-            for setting in settings:
-                for engine in engines:
-                    sparsity = case.sparsity if engine.name in OURS else 0.0
-                    if results.has(case.network, sparsity, engine.name, setting, _version(engine)):
-                        continue
-                    bench = models.workbench(DOMAINS.get(engine.name, networks.DENSE))
-                    measurement = bench.measure(engine, setting)
-                    results.add(case.network, sparsity, measurement)
-                    said = measurement.left_out or f"{measurement.min_ms:.2f} ms, median {measurement.median_ms:.2f}"
-                    print(
-                        f"{case.network} {sparsity:.0%} zeros, {setting.isa}, {setting.threads} threads, "
-                        f"{engine.name}: {said}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+            models = [Models(case, Path(folder, f"{case.sparsity}")) for case in of_network]
+            for number, setting, one, engine in product(range(rounds), settings, models, engines):
+                _measure(one, engine, setting, results, number)
+
+
+def _measure(models: Models, engine: Engine, setting: Setting, results: Results, before: int) -> None:
+    """Measure an engine once, unless it has been measured more often than ``before``."""
+    network, sparsity = models.case.network, models.case.sparsity if engine.name in OURS else 0.0
+    found = results.rounds(network, sparsity, engine.name, setting, _version(engine))
+    if found > before:
+        return
+    measurement = models.workbench(DOMAINS.get(engine.name, networks.DENSE)).measure(engine, setting)
+    results.add(network, sparsity, measurement, again=found > 0)
+    said = measurement.left_out or f"{measurement.min_ms:.2f} ms, median {measurement.median_ms:.2f}"
+    print(
+        f"{network} {sparsity:.0%} zeros, {setting.isa}, {setting.threads} threads, {engine.name}: {said}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _warn_if_busy() -> None:
@@ -110,7 +115,8 @@ def main() -> None:
     parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isa", nargs="+", choices=ISAS, default=list(ISAS))
-    parser.add_argument("--seconds", type=float, default=5.0, help="for one measurement, warming up not counted")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for one measurement, warming up not counted")
+    parser.add_argument("--rounds", type=int, default=3, help="in each of which everything is measured once")
     parser.add_argument("--layers", action="store_true", help="time every operator of our builds as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results here, and go on from them")
     arguments = parser.parse_args()
@@ -128,7 +134,7 @@ def main() -> None:
             check_setting(setting)
         results = Results.open(arguments.json)
         _warn_if_busy()
-        run(chosen, engines, settings, results)
+        run(chosen, engines, settings, results, arguments.rounds)
     except InputError as error:
         sys.exit(f"against_peers: {error}")
     show(results, chosen, engines, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +61,29 @@ class Results:
             results._put(network, sparsity, Measurement(**entry))
         return results
 
-    def has(self, network: str, sparsity: float, engine: str, setting: Setting, version: str | None) -> bool:
-        """Whether this need not be measured (again): it has times, of this version and of no shorter measurement, and
+    def rounds(self, network: str, sparsity: float, engine: str, setting: Setting, version: str | None) -> int:
+        """How often this has been measured: with times, of this version and in no shorter measurement, and with
         operators if asked for."""
         found = self.get(network, sparsity, engine, setting)
         if found is None or found.min_ms is None or found.version != version or found.seconds < setting.seconds:
-            return False
-        return not setting.layers or found.plan is None or found.operators is not None
+            return 0
+        lacks_operators = setting.layers and found.plan is not None and found.operators is None
+        return 0 if lacks_operators else found.rounds
 
     def get(self, network: str, sparsity: float, engine: str, setting: Setting) -> Measurement | None:
         """The measurement of an engine, None where there is none."""
         return self.measurements.get((network, sparsity, engine, setting.threads, setting.isa))
 
-    def add(self, network: str, sparsity: float, measurement: Measurement) -> None:
-        """Take a measurement in, and write the file."""
+    def add(self, network: str, sparsity: float, measurement: Measurement, *, again: bool = False) -> None:
+        """Take a measurement in, and write the file.
+
+        Args:
+            again: it is one more round of what is there; the faster of both stays.
+        """
+        before = self.measurements.get(_key(network, sparsity, measurement)) if again else None
+        if before is not None and before.min_ms is not None and measurement.min_ms is not None:
+            faster = measurement if measurement.min_ms < before.min_ms else before
+            measurement = replace(faster, rounds=before.rounds + 1)
         self._put(network, sparsity, measurement)
         if self.path is None:
             return
@@ -122,8 +131,11 @@ class Results:
         }
 
     def _put(self, network: str, sparsity: float, measurement: Measurement) -> None:
-        key = (network, sparsity, measurement.engine, measurement.threads, measurement.isa)
-        self.measurements[key] = measurement
+        self.measurements[_key(network, sparsity, measurement)] = measurement
+
+
+def _key(network: str, sparsity: float, measurement: Measurement) -> Key:
+    return network, sparsity, measurement.engine, measurement.threads, measurement.isa
 
 
 def _read(path: Path) -> dict[str, Any]:

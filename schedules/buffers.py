@@ -47,7 +47,8 @@ def dense_buffers(plan: DensePlan, lanes: int) -> dict[str, int]:
 
 def direct_buffers(plan: DirectPlan) -> dict[str, int]:
     """Elements of what sparse direct convolution keeps in between."""
-    return {"packed input": plan.planes_size, "sums": plan.sums_filters * plan.rows * plan.cols}
+    planes = plan.planes_size * (plan.all_blocks if plan.packs_first else 1)
+    return {"packed input": planes, "sums": plan.sums_filters * plan.rows * plan.cols}
 
 
 def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:

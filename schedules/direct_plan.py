@@ -21,7 +21,7 @@ _THREADS = (1, 2, 4)
 _IDLE = 0.3
 """How much idle threads count: one thread is the common case."""
 
-_LAUNCH = 1500  # ns, to give threads their parts of a block
+_LAUNCH = 1500  # ns, to give threads their parts of blocks
 
 _SHARES_OF_L1 = (0.5, 0.75, 1.0)
 """For what is packed of a block of channels."""
@@ -64,21 +64,45 @@ class DirectPlan:
         return -(-self.geometry.out_height // self.rows), -(-self.geometry.out_width // self.cols)
 
     @property
+    def all_blocks(self) -> int:
+        """Of all images."""
+        down, across = self.blocks
+        return self.geometry.batch * down * across
+
+    @property
     def blocks_in_parallel(self) -> bool:
         """Whether each block is computed from beginning to end by one thread."""
-        down, across = self.blocks
-        return self.geometry.batch * down * across >= PARALLEL_BLOCKS
+        return self.all_blocks >= PARALLEL_BLOCKS
+
+    @property
+    def packs_first(self) -> bool:
+        """Whether parts of the channels of all blocks are packed in parallel, then parts of the filters computed. Of
+        filters in groups, blocks of channels are in parallel instead."""
+        return not self.blocks_in_parallel and self.geometry.groups == 1
+
+    @property
+    def part_channels(self) -> int:
+        """Channels of a part; the last may have fewer."""
+        return self._of_a_part(self.geometry.in_channels)
+
+    @property
+    def channel_parts(self) -> int:
+        """Of the channels of a block, each packed by one thread; one where blocks are in parallel."""
+        return -(-self.geometry.in_channels // self.part_channels)
 
     @property
     def part_filters(self) -> int:
         """Filters of a part; the last may have fewer."""
-        return -(-self.geometry.out_channels // PARALLEL_BLOCKS)
+        return self._of_a_part(self.geometry.out_channels)
 
     @property
     def filter_parts(self) -> int:
-        """Of the filters of a block, each computed by one thread where blocks are not in parallel and filters not in
-        groups."""
+        """Of the filters of a block, each computed by one thread; one where blocks are in parallel."""
         return -(-self.geometry.out_channels // self.part_filters)
+
+    def _of_a_part(self, number: int) -> int:
+        """In about as many parts as it takes for as many as there would have to be blocks."""
+        return -(-number // -(-PARALLEL_BLOCKS // self.all_blocks))
 
     @property
     def vectors(self) -> int:
@@ -129,20 +153,20 @@ class DirectPlan:
 
     @property
     def planes_channels(self) -> int:
-        """Channels packed at a time: those of a block where a thread has the planes to itself, else all."""
-        return self.channels if self.blocks_in_parallel else self.geometry.in_channels
+        """Channels whose planes there are at a time."""
+        return self.geometry.in_channels if self.packs_first else self.channels
 
     @property
     def planes_size(self) -> int:
-        """Elements of all planes, and of what the last vector reads beyond."""
+        """Elements of the planes of a block, and of what the last vector reads beyond."""
         if not self.packed:
             return 0
         return self.planes_channels * self.channel_size + round_up(self._reach, self.lanes) + self.lanes
 
     @property
     def sums_filters(self) -> int:
-        """Filters whose sums are kept: all, but where a thread is done with one before the next."""
-        return 1 if self.blocks_in_parallel and self.visits == 1 else self.geometry.out_channels
+        """Filters whose sums a thread keeps: those of a part, but where it is done with one before the next."""
+        return 1 if self.visits == 1 else self.part_filters
 
     @property
     def straddling(self) -> float:
@@ -282,9 +306,9 @@ def _nanoseconds(plan: DirectPlan, cpu: Cpu) -> float:
             packing += rows * plan.plane_cols * geometry.strides[1] * _FLOAT / _LINE * 6
     work = down * across * (geometry.out_channels * (products + sums) + packing)
     if plan.blocks_in_parallel:
-        return work * (1 + _IDLE * _idle(geometry.batch * down * across))
+        return work * (1 + _IDLE * _idle(plan.all_blocks))
     parts = plan.filter_parts if geometry.groups == 1 else plan.channel_blocks
-    return work * (1 + _IDLE * _idle(parts)) + _LAUNCH * down * across
+    return work * (1 + _IDLE * _idle(plan.all_blocks * parts)) + _LAUNCH
 
 
 def _idle(parts: int) -> float:

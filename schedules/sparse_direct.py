@@ -56,12 +56,22 @@ class _Block:
 
 
 @dataclass(frozen=True)
+class _Planes:
+    """Those of a block. first: where in the buffer they begin."""
+
+    buffer: tir.Buffer
+    first: tir.PrimExpr | int = 0
+
+
+@dataclass(frozen=True)
 class _Work:
-    """A block and the memory for it; planes are None where the input is read as it is."""
+    """What a thread computes of a block: sums of filters from `first` on. planes: None where the input is read as it
+    is."""
 
     block: _Block
-    planes: tir.Buffer | None
+    planes: _Planes | None
     sums: tir.Buffer
+    first: tir.PrimExpr | int = 0
 
 
 class _Kernel:
@@ -76,68 +86,89 @@ class _Kernel:
         self.code = VectorCode(self.ib, plan.lanes)
 
     def emit(self) -> tir.Stmt:
-        down, across = self.plan.blocks
-        outer, inner = ("parallel", "serial") if self.plan.blocks_in_parallel else ("serial", "parallel")
-        with self.code.loop(self.geometry.batch * down * across, "block", outer) as i:
-            image, within = i // (down * across), tir.floormod(i, down * across)
-            self._block(self._at(image, within // across, tir.floormod(within, across)), inner)
+        if self.plan.packs_first:
+            self._parts_in_parallel()
+        elif self.plan.blocks_in_parallel:
+            self._blocks_in_parallel()
+        else:
+            self._groups_in_parallel()
         return self.ib.get()
 
-    def _at(self, image: tir.PrimExpr, down: tir.PrimExpr, across: tir.PrimExpr) -> _Block:
-        plan, geometry = self.plan, self.geometry
-        left = across * plan.cols
+    def _blocks_in_parallel(self) -> None:
+        """What is packed at a time is in L1 while all filters go over it."""
+        plan = self.plan
+        with self.code.loop(plan.all_blocks, "block", "parallel") as number:
+            work = _Work(self._at(number), self._planes(plan.planes_size), self._sums())
+            with self.code.loop(plan.channel_blocks, "c") as channels:
+                self._channel_block(work, channels)
+
+    def _groups_in_parallel(self) -> None:
+        plan = self.plan
+        with self.code.loop(plan.all_blocks * plan.channel_blocks, "part", "parallel") as i:
+            number, channels = self._split(i, plan.channel_blocks)
+            self._channel_block(_Work(self._at(number), self._planes(plan.planes_size), self._sums()), channels)
+
+    def _parts_in_parallel(self) -> None:
+        """Of channels, then of filters; by blocks, so that threads mostly read what they have packed."""
+        code, plan, geometry = self.code, self.plan, self.geometry
+        planes = self._planes(plan.all_blocks * plan.planes_size)
+        if planes is not None:
+            with code.loop(plan.all_blocks * plan.channel_parts, "part", "parallel") as i:
+                number, part = self._split(i, plan.channel_parts)
+                first = code.let(part * plan.part_channels)
+                place = _Planes(planes.buffer, number * plan.planes_size + first * plan.channel_size)
+                self._pack(self._at(number), first, part_of(plan.part_channels, geometry.in_channels, first), place)
+        with code.loop(plan.all_blocks * plan.filter_parts, "part", "parallel") as i:
+            number, part = self._split(i, plan.filter_parts)
+            first = code.let(part * plan.part_filters)
+            count = part_of(plan.part_filters, geometry.out_channels, first)
+            own = planes and _Planes(planes.buffer, code.let(number * plan.planes_size))
+            work = _Work(self._at(number), own, self._sums(), first)
+            with code.loop(plan.channel_blocks, "c") as channels:
+                self._add_products(work, channels, first, count)
+
+    def _split(self, i: tir.PrimExpr, parts: int) -> tuple[tir.PrimExpr, tir.PrimExpr]:
+        """Number of a block, and of its part."""
+        return self.code.let(i // parts), self.code.let(tir.floormod(i, parts))
+
+    def _at(self, number: tir.PrimExpr) -> _Block:
+        """The block of a number, of those of all images."""
+        code, plan = self.code, self.plan
+        down, across = plan.blocks
+        image, within = self._split(number, down * across)
+        row, column = self._split(within, across)
+        left = column * plan.cols
         if not plan.packed:
             # The last block ends with the image, some of its outputs computed twice: nothing is read beyond.
-            left = tir.min(left, geometry.out_width - plan.cols)
-        return _Block(image, down * plan.rows, self.code.let(left), across)
+            left = tir.min(left, self.geometry.out_width - plan.cols)
+        return _Block(image, code.let(row * plan.rows), code.let(left), column)
 
-    def _block(self, block: _Block, kind: str) -> None:
+    def _planes(self, elements: int) -> _Planes | None:
+        return _Planes(self._allocate("planes", elements)) if self.plan.packed else None
+
+    def _sums(self) -> tir.Buffer:
         plan = self.plan
-        operands = self._allocate("planes", plan.planes_size) if plan.packed else None
-        sums = self._allocate("sums", plan.sums_filters * plan.vectors * plan.lanes)
-        work = _Work(block, operands, sums)
-        if kind == "parallel":
-            self._pack(work, 0, self.geometry.in_channels, kind)
-        if self.geometry.groups > 1:
-            self._grouped_filters(work, kind)
-        elif kind == "parallel":
-            self._parts_of_filters(work)
-        else:
-            self._channels_by_channels(work)
+        return self._allocate("sums", plan.sums_filters * plan.vectors * plan.lanes)
 
     def _allocate(self, name: str, elements: int) -> tir.Buffer:
         return self.ib.allocate("float32", elements, name=name, scope="global")._buffer
 
-    def _channels_by_channels(self, work: _Work) -> None:
-        """What is packed at a time is in L1 while all filters go over it."""
-        plan = self.plan
-        with self.code.loop(plan.channel_blocks, "c") as channels:
-            first = channels * plan.channels
-            self._pack(work, first, part_of(plan.channels, self.geometry.in_channels, first), "serial")
-            self._add_products(work, channels, 0, self.geometry.out_channels)
-
-    def _parts_of_filters(self, work: _Work) -> None:
-        plan = self.plan
-        with self.code.loop(plan.filter_parts, "part", "parallel") as part:
-            first = part * plan.part_filters
-            count = part_of(plan.part_filters, self.geometry.out_channels, first)
-            with self.code.loop(plan.channel_blocks, "c") as channels:
-                self._add_products(work, channels, first, count)
-
-    def _grouped_filters(self, work: _Work, kind: str) -> None:
-        """A filter reads the channels of its group only, and a block of channels is of whole groups."""
-        plan = self.plan
-        count = self.geometry.out_channels // plan.channel_blocks
-        with self.code.loop(plan.channel_blocks, "c", kind) as channels:
-            if kind == "serial":
-                self._pack(work, channels * plan.channels, plan.channels, kind)
-            self._add_products(work, channels, channels * count, count)
-
-    def _pack(self, work: _Work, first: tir.PrimExpr, count: tir.PrimExpr, kind: str) -> None:
-        """Fill planes with channels."""
+    def _channel_block(self, work: _Work, channels: tir.PrimExpr) -> None:
+        """Pack a block of channels, and add its products; a block is of whole groups, which nobody else reads."""
+        plan, geometry = self.plan, self.geometry
         if work.planes is not None:
-            with self.code.loop(count, "c", kind) as c:
-                self._fill_planes(work.block, first + c, c * self.plan.channel_size, work.planes)
+            first = channels * plan.channels
+            self._pack(work.block, first, part_of(plan.channels, geometry.in_channels, first), work.planes)
+        if geometry.groups > 1:
+            count = geometry.out_channels // plan.channel_blocks
+            self._add_products(work, channels, channels * count, count)
+        else:
+            self._add_products(work, channels, 0, geometry.out_channels)
+
+    def _pack(self, block: _Block, first: tir.PrimExpr, count: tir.PrimExpr, planes: _Planes) -> None:
+        """Fill planes with channels."""
+        with self.code.loop(count, "c") as c:
+            self._fill_planes(block, first + c, planes.first + c * self.plan.channel_size, planes.buffer)
 
     def _fill_planes(self, block: _Block, c: tir.PrimExpr, base: tir.PrimExpr, planes: tir.Buffer) -> None:
         """Of one channel, zero padding included."""
@@ -184,10 +215,10 @@ class _Kernel:
     def _zero(self, buffer: tir.Buffer, start: tir.PrimExpr, count: int) -> None:
         each_vector(self.code, count, lambda code, x: code.store(buffer, code.splat(0.0), start + x))
 
-    def _sum(self, k: tir.PrimExpr) -> tir.PrimExpr:
+    def _sum(self, work: _Work, k: tir.PrimExpr) -> tir.PrimExpr:
         """Where those of a filter begin."""
         outputs = self.plan.vectors * self.plan.lanes
-        return k * outputs if self.plan.sums_filters > 1 else tir.const(0, "int32")
+        return (k - work.first) * outputs if self.plan.sums_filters > 1 else tir.const(0, "int32")
 
     def _add_products(self, work: _Work, channels: tir.PrimExpr, first: tir.PrimExpr, count: tir.PrimExpr) -> None:
         """Those of filters with a block of channels; after the last block a filter is done."""
@@ -208,7 +239,7 @@ class _Kernel:
         row = code.let(channels * self.geometry.out_channels + k)
         first = code.let(buffers.indptr[row])
         base = code.let(self._operands(work, channels, panel))
-        begin = code.let(self._sum(k) + panel * (plan.panel_vectors * plan.lanes))
+        begin = code.let(self._sum(work, k) + panel * (plan.panel_vectors * plan.lanes))
         inside = code.array(plan.panel_vectors, "inside")
         self._begin(work, channels, k, begin, inside)
         with code.loop(buffers.indptr[row + 1] - first, "e") as e:
@@ -247,12 +278,12 @@ class _Kernel:
         if work.planes is None:
             first = work.block.image * geometry.in_channels + channels * plan.channels
             return first * geometry.in_width + work.block.left
-        down = panel * (plan.rows // plan.panels * plan.plane_cols)
-        return down if plan.blocks_in_parallel else channels * (plan.channels * plan.channel_size) + down
+        first = work.planes.first + panel * (plan.rows // plan.panels * plan.plane_cols)
+        return channels * (plan.channels * plan.channel_size) + first if plan.packs_first else first
 
     def _load(self, work: _Work, at: tir.PrimExpr) -> tir.PrimExpr:
         if work.planes is not None:
-            return self.code.load(work.planes, at)
+            return self.code.load(work.planes.buffer, at)
         # The input, counted through.
         return self.code.load(self.buffers.data, 0, 0, 0, at)
 
@@ -261,7 +292,7 @@ class _Kernel:
         plan, geometry = self.plan, self.geometry
         widths = [_outputs_across(plan, across) for across in range(plan.blocks[1])]
         with self.code.loop(part_of(plan.rows, geometry.out_height, work.block.top), "row") as row:
-            place = (work.block.top + row, self._sum(k) + row * plan.cols)
+            place = (work.block.top + row, self._sum(work, k) + row * plan.cols)
             each_run(self.ib, work.block.across, widths, partial(self._finish_row, work, k, *place))
 
     def _finish_row(self, work: _Work, k: tir.PrimExpr, y: tir.PrimExpr, start: tir.PrimExpr, width: int) -> None:

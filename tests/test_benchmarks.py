@@ -155,14 +155,33 @@ def test_results_are_kept_and_gone_on_from(case: Case, tmp_path: Path, capsys: p
 
     # A longer measurement is another one.
     longer = replace(BRIEF, seconds=0.02)
-    assert results.has("tiny", 0.0, "onnxruntime", BRIEF, document["results"][0]["version"])
-    assert not results.has("tiny", 0.0, "onnxruntime", longer, document["results"][0]["version"])
+    assert results.rounds("tiny", 0.0, "onnxruntime", BRIEF, document["results"][0]["version"]) == 1
+    assert results.rounds("tiny", 0.0, "onnxruntime", longer, document["results"][0]["version"]) == 0
 
     # Results of another version do not count.
     document["results"][0]["version"] = "0.0"
     file.write_text(json.dumps(document))
     run(case, ["onnxruntime", "winograd"], file)
     assert "onnxruntime" in capsys.readouterr().err
+
+
+def test_the_fastest_round_counts(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, engines = tmp_path / "results.json", [ENGINES["onnxruntime"], ENGINES["winograd"]]
+    against_peers.run([case], engines, [BRIEF], Results.open(file), rounds=2)
+    said = [line.split(":")[0].split(", ")[-1] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["onnxruntime", "winograd"] * 2, "in turn"
+    # Two rounds are there: a third adds one of each.
+    against_peers.run([case], engines, [BRIEF], Results.open(file), rounds=3)
+    assert capsys.readouterr().err.count("\n") == 2
+    assert {one.rounds for one in Results.open(file).row("tiny", 0.8, BRIEF)} == {3}
+
+    results, first = Results(None, {}), Measurement("winograd", 1, "native", 1.0, "1", min_ms=9.0, median_ms=9.5)
+    for milliseconds in (9.0, 8.0, 8.5):
+        results.add("tiny", 0.8, replace(first, min_ms=milliseconds), again=milliseconds != 9.0)
+    assert results.get("tiny", 0.8, "winograd", Setting()) == replace(first, min_ms=8.0, rounds=3)
+    # A round that failed is told, and what came before does not hide it.
+    results.add("tiny", 0.8, replace(first, min_ms=None, left_out="wrong"), again=True)
+    assert results.rounds("tiny", 0.8, "winograd", Setting(seconds=1.0), "1") == 0
 
 
 def test_two_threads_over_one_and_packages(case: Case, capsys: pytest.CaptureFixture[str]) -> None:

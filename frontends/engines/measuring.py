@@ -49,6 +49,7 @@ class Measurement:
         plan: the package's convolutions, as in ``Plan.to_json``.
         operators: of the package, with ``name``, ``layer``, ``ms``, ``multiply_adds``.
         peak_gmacs: 1e9 multiply-adds a second that the cores used could do.
+        rounds: how often it was measured; this is the time with the least ``min_ms``.
     """
 
     engine: str
@@ -67,6 +68,7 @@ class Measurement:
     plan: list[dict[str, Any]] | None = None
     operators: list[dict[str, Any]] | None = None
     peak_gmacs: float | None = None
+    rounds: int = 1
 
 
 @dataclass
