@@ -19,7 +19,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from pathlib import Path
 
@@ -78,7 +78,8 @@ def _measure(models: Models, engine: Engine, setting: Setting, results: Results,
     found = results.rounds(network, sparsity, engine.name, setting, _version(engine))
     if found > before:
         return
-    measurement = models.workbench(DOMAINS.get(engine.name, networks.DENSE)).measure(engine, setting)
+    bench = models.workbench(DOMAINS.get(engine.name, networks.DENSE))
+    measurement = bench.measure(engine, replace(setting, layers=setting.layers and not found))
     results.add(network, sparsity, measurement, again=found > 0)
     said = measurement.left_out or f"{measurement.min_ms:.2f} ms, median {measurement.median_ms:.2f}"
     print(
