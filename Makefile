@@ -1,7 +1,7 @@
 # make install   the environment .venv, from the versions in constraints/
 # make demo      the main job on this machine, a few minutes
 # make test      what CI runs: linter, type checker, tests
-# make bench     the networks of benchmarks/ against dense engines, hours; goes on where it stopped
+# make bench     the networks of benchmarks/ against dense engines, an hour or two; goes on where it stopped
 # make slow      the tests of many minutes
 # make pins      renew constraints/ for $(PYTHON)
 # make clean     remove everything made here
@@ -38,7 +38,7 @@ demo: $(INSTALLED)
 test: lint types
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-# BENCH="--network resnet18 --seconds 1" measures a part of it.
+# BENCH="--network resnet18 --rounds 1" measures a part of it.
 bench: $(INSTALLED)
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.against_peers --layers --json build/bench.json $(BENCH)

@@ -18,8 +18,9 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import groupby, product
 from pathlib import Path
 
@@ -43,21 +44,23 @@ BUSY = 0.5
 
 @dataclass
 class Models:
-    """The models of one row of the table, made when first asked for, in a folder."""
+    """The models of one row of the table, made when first asked for, in a folder.
+
+    Attributes:
+        dense: makes the dense one.
+    """
 
     case: Case
     folder: Path
-    _dense: ModelProto | None = None
+    dense: Callable[[], ModelProto]
     _benches: dict[str, Workbench] = field(default_factory=dict)
 
     def workbench(self, domain: str) -> Workbench:
         """The model pruned in a domain of ``networks.DOMAINS``."""
         if domain not in self._benches:
-            if self._dense is None:
-                self._dense = networks.dense_model(networks.NETWORKS[self.case.network])
             folder = self.folder / domain
             folder.mkdir(parents=True)
-            onnx.save_model(networks.sparse_model(self._dense, self.case.sparsity, domain), folder / "model.onnx")
+            onnx.save_model(networks.sparse_model(self.dense(), self.case.sparsity, domain), folder / "model.onnx")
             self._benches[domain] = Workbench(folder / "model.onnx", folder)
         return self._benches[domain]
 
@@ -65,9 +68,10 @@ class Models:
 def run(cases: list[Case], engines: list[Engine], settings: list[Setting], results: Results, rounds: int = 1) -> None:
     """Measure what the results lack, network by network, all of a network once in every round: a slow spell of the
     machine does not meet one engine alone."""
-    for _, of_network in groupby(cases, key=lambda case: case.network):
+    for network, of_network in groupby(cases, key=lambda case: case.network):
+        dense = cache(partial(networks.dense_model, networks.NETWORKS[network]))
         with tempfile.TemporaryDirectory() as folder:
-            models = [Models(case, Path(folder, f"{case.sparsity}")) for case in of_network]
+            models = [Models(case, Path(folder, f"{case.sparsity}"), dense) for case in of_network]
             for number, setting, one, engine in product(range(rounds), settings, models, engines):
                 _measure(one, engine, setting, results, number)
 
@@ -76,7 +80,8 @@ def _measure(models: Models, engine: Engine, setting: Setting, results: Results,
     """Measure an engine once, unless it has been measured more often than ``before``."""
     network, sparsity = models.case.network, models.case.sparsity if engine.name in OURS else 0.0
     found = results.rounds(network, sparsity, engine.name, setting, _version(engine))
-    if found > before:
+    # What failed in the first round is not tried again in this run.
+    if found > before or (before and not found):
         return
     bench = models.workbench(DOMAINS.get(engine.name, networks.DENSE))
     measurement = bench.measure(engine, replace(setting, layers=setting.layers and not found))
@@ -126,13 +131,15 @@ def main() -> None:
         for isa in arguments.isa
         for threads in arguments.threads
     ]
-    chosen = list(cases(arguments.network, arguments.sparsity))
+    chosen = list(dict.fromkeys(cases(arguments.network, arguments.sparsity)))
     engines = [ENGINES[name] for name in dict.fromkeys(arguments.engine)]
     try:
         for case in chosen:
             case.check()
         for setting in settings:
             check_setting(setting)
+        if arguments.rounds < 1:
+            raise InputError(f"{arguments.rounds} rounds; give 1 or more")
         results = Results.open(arguments.json)
         _warn_if_busy()
         run(chosen, engines, settings, results, arguments.rounds)

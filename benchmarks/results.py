@@ -84,7 +84,11 @@ class Results:
         if before is not None and before.min_ms is not None and measurement.min_ms is not None:
             faster = measurement if measurement.min_ms < before.min_ms else before
             measurement = replace(
-                faster, rounds=before.rounds + 1, operators=before.operators, peak_gmacs=before.peak_gmacs
+                faster,
+                rounds=before.rounds + 1,
+                seconds=min(before.seconds, measurement.seconds),
+                operators=before.operators,
+                peak_gmacs=before.peak_gmacs,
             )
         self._put(network, sparsity, measurement)
         if self.path is None:

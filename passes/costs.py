@@ -321,11 +321,10 @@ def _fully_connected_counts(geometry: ConvGeometry, nonzeros: int, cpu: CpuFacts
 @lru_cache(maxsize=4096)
 def _direct_work(geometry: ConvGeometry, cpu: CpuFacts) -> _Work:
     plan = direct_plan(geometry, cpu)
-    blocks = geometry.batch * plan.blocks[0] * plan.blocks[1]
-    packed = blocks * geometry.in_channels * plan.channel_size if plan.packed else 0
+    packed = plan.all_blocks * geometry.in_channels * plan.channel_size if plan.packed else 0
     outputs = geometry.batch * geometry.out_channels * geometry.out_height * geometry.out_width
     return _Work(
-        panels=blocks * plan.panels,
+        panels=plan.all_blocks * plan.panels,
         panel_vectors=-(-plan.panel_vectors * plan.lanes // cpu.lanes),
         rows=geometry.out_channels * plan.channel_blocks,
         packed=packed,

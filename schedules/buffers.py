@@ -47,7 +47,7 @@ def dense_buffers(plan: DensePlan, lanes: int) -> dict[str, int]:
 
 def direct_buffers(plan: DirectPlan) -> dict[str, int]:
     """Elements of what sparse direct convolution keeps in between."""
-    planes = plan.planes_size * (plan.all_blocks if plan.packs_first else 1)
+    planes = plan.planes_size * (plan.all_blocks if plan.in_parts else 1)
     return {"packed input": planes, "sums": plan.sums_filters * plan.rows * plan.cols}
 
 

@@ -75,9 +75,9 @@ class DirectPlan:
         return self.all_blocks >= PARALLEL_BLOCKS
 
     @property
-    def packs_first(self) -> bool:
-        """Whether parts of the channels of all blocks are packed in parallel, then parts of the filters computed. Of
-        filters in groups, blocks of channels are in parallel instead."""
+    def in_parts(self) -> bool:
+        """Whether parts of the channels of all blocks are packed in parallel, then parts of the filters computed. With
+        groups, blocks of channels are in parallel instead."""
         return not self.blocks_in_parallel and self.geometry.groups == 1
 
     @property
@@ -87,7 +87,8 @@ class DirectPlan:
 
     @property
     def channel_parts(self) -> int:
-        """Of the channels of a block, each packed by one thread; one where blocks are in parallel."""
+        """Of the channels of a block, each packed by one thread; one where blocks are in parallel, not used with
+        groups."""
         return -(-self.geometry.in_channels // self.part_channels)
 
     @property
@@ -97,11 +98,12 @@ class DirectPlan:
 
     @property
     def filter_parts(self) -> int:
-        """Of the filters of a block, each computed by one thread; one where blocks are in parallel."""
+        """Of the filters of a block, each computed by one thread; one where blocks are in parallel, not used with
+        groups."""
         return -(-self.geometry.out_channels // self.part_filters)
 
     def _of_a_part(self, number: int) -> int:
-        """In about as many parts as it takes for as many as there would have to be blocks."""
+        """Of so many channels or filters of a block: all blocks together have PARALLEL_BLOCKS parts, or a few more."""
         return -(-number // -(-PARALLEL_BLOCKS // self.all_blocks))
 
     @property
@@ -154,7 +156,7 @@ class DirectPlan:
     @property
     def planes_channels(self) -> int:
         """Channels whose planes there are at a time."""
-        return self.geometry.in_channels if self.packs_first else self.channels
+        return self.geometry.in_channels if self.in_parts else self.channels
 
     @property
     def planes_size(self) -> int:
@@ -165,7 +167,7 @@ class DirectPlan:
 
     @property
     def sums_filters(self) -> int:
-        """Filters whose sums a thread keeps: those of a part, but where it is done with one before the next."""
+        """Filters whose sums a thread keeps: those of a part, or one where it is done with each before the next."""
         return 1 if self.visits == 1 else self.part_filters
 
     @property
@@ -308,7 +310,7 @@ def _nanoseconds(plan: DirectPlan, cpu: Cpu) -> float:
     if plan.blocks_in_parallel:
         return work * (1 + _IDLE * _idle(plan.all_blocks))
     parts = plan.filter_parts if geometry.groups == 1 else plan.channel_blocks
-    return work * (1 + _IDLE * _idle(plan.all_blocks * parts)) + _LAUNCH
+    return work * (1 + _IDLE * _idle(plan.all_blocks * parts)) + _LAUNCH / geometry.batch
 
 
 def _idle(parts: int) -> float:

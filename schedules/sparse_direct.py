@@ -86,7 +86,7 @@ class _Kernel:
         self.code = VectorCode(self.ib, plan.lanes)
 
     def emit(self) -> tir.Stmt:
-        if self.plan.packs_first:
+        if self.plan.in_parts:
             self._parts_in_parallel()
         elif self.plan.blocks_in_parallel:
             self._blocks_in_parallel()
@@ -103,6 +103,7 @@ class _Kernel:
                 self._channel_block(work, channels)
 
     def _groups_in_parallel(self) -> None:
+        """A block of channels is of whole groups, which no other filters read."""
         plan = self.plan
         with self.code.loop(plan.all_blocks * plan.channel_blocks, "part", "parallel") as i:
             number, channels = self._split(i, plan.channel_blocks)
@@ -116,7 +117,7 @@ class _Kernel:
             with code.loop(plan.all_blocks * plan.channel_parts, "part", "parallel") as i:
                 number, part = self._split(i, plan.channel_parts)
                 first = code.let(part * plan.part_channels)
-                place = _Planes(planes.buffer, number * plan.planes_size + first * plan.channel_size)
+                place = _Planes(planes.buffer, code.let(number * plan.planes_size + first * plan.channel_size))
                 self._pack(self._at(number), first, part_of(plan.part_channels, geometry.in_channels, first), place)
         with code.loop(plan.all_blocks * plan.filter_parts, "part", "parallel") as i:
             number, part = self._split(i, plan.filter_parts)
@@ -128,7 +129,7 @@ class _Kernel:
                 self._add_products(work, channels, first, count)
 
     def _split(self, i: tir.PrimExpr, parts: int) -> tuple[tir.PrimExpr, tir.PrimExpr]:
-        """Number of a block, and of its part."""
+        """Number of a whole, and of its part within."""
         return self.code.let(i // parts), self.code.let(tir.floormod(i, parts))
 
     def _at(self, number: tir.PrimExpr) -> _Block:
@@ -154,7 +155,7 @@ class _Kernel:
         return self.ib.allocate("float32", elements, name=name, scope="global")._buffer
 
     def _channel_block(self, work: _Work, channels: tir.PrimExpr) -> None:
-        """Pack a block of channels, and add its products; a block is of whole groups, which nobody else reads."""
+        """Pack a block of channels, and add its products."""
         plan, geometry = self.plan, self.geometry
         if work.planes is not None:
             first = channels * plan.channels
@@ -279,7 +280,7 @@ class _Kernel:
             first = work.block.image * geometry.in_channels + channels * plan.channels
             return first * geometry.in_width + work.block.left
         first = work.planes.first + panel * (plan.rows // plan.panels * plan.plane_cols)
-        return channels * (plan.channels * plan.channel_size) + first if plan.packs_first else first
+        return channels * (plan.channels * plan.channel_size) + first if plan.in_parts else first
 
     def _load(self, work: _Work, at: tir.PrimExpr) -> tir.PrimExpr:
         if work.planes is not None:

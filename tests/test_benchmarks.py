@@ -173,12 +173,18 @@ def test_the_fastest_round_counts(case: Case, tmp_path: Path, capsys: pytest.Cap
     # Two rounds are there: a third adds one of each.
     against_peers.run([case], engines, [BRIEF], Results.open(file), rounds=3)
     assert capsys.readouterr().err.count("\n") == 2
-    assert {one.rounds for one in Results.open(file).row("tiny", 0.8, BRIEF)} == {3}
+    kept = Results.open(file).row("tiny", 0.8, BRIEF)
+    assert {one.rounds for one in kept} == {3}
+    assert [one.engine for one in kept if one.operators] == ["winograd"], "timed in the first round"
 
     results, first = Results(None, {}), Measurement("winograd", 1, "native", 1.0, "1", min_ms=9.0, median_ms=9.5)
     for milliseconds in (9.0, 8.0, 8.5):
         results.add("tiny", 0.8, replace(first, min_ms=milliseconds), again=milliseconds != 9.0)
     assert results.get("tiny", 0.8, "winograd", Setting()) == replace(first, min_ms=8.0, rounds=3)
+    # A shorter measurement among longer ones makes all of them count as that short.
+    results.add("tiny", 0.8, replace(first, seconds=0.1), again=True)
+    assert results.rounds("tiny", 0.8, "winograd", Setting(seconds=1.0), "1") == 0
+    assert results.rounds("tiny", 0.8, "winograd", Setting(seconds=0.1), "1") == 4
     # A round that failed is told, and what came before does not hide it.
     results.add("tiny", 0.8, replace(first, min_ms=None, left_out="wrong"), again=True)
     assert results.rounds("tiny", 0.8, "winograd", Setting(seconds=1.0), "1") == 0
@@ -200,7 +206,8 @@ def test_two_threads_over_one_and_packages(case: Case, capsys: pytest.CaptureFix
 def test_an_engine_left_out_is_shown(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setting = replace(BRIEF, isa="avx2")
     results = Results.open(None)
-    against_peers.run([case], [ENGINES["onnxruntime"]], [setting], results)
+    against_peers.run([case], [ENGINES["onnxruntime"]], [setting], results, rounds=3)
+    assert capsys.readouterr().err.count("\n") == 1, "it is tried once"
     report.show(results, [case], [ENGINES["onnxruntime"]], [setting])
     assert "left out: ONNX Runtime, avx2 (Tiny): ONNX Runtime has no switch" in capsys.readouterr().out
 

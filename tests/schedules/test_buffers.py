@@ -129,6 +129,8 @@ def test_buffers_in_between_beyond_32_bits_are_refused() -> None:
     """Input, output and weights are small here; what lies between is not."""
     tall = ConvGeometry(1, 30_000, 1, 1, 1, (2, 2), padding=(0, 0, 40_000, 1), dilation=(40_000, 1))
     assert "packed input of 2400240004 elements" in str(why_not_direct(tall, "llvm"))
+    sums = ConvGeometry(4, 2, 1, 1, 300_000_000, (2, 1), padding=(0, 0, 9000, 0), dilation=(9000, 1))
+    assert "sums of" in str(why_not_direct(sums, "llvm -mcpu=skylake-avx512"))
     deep = ConvGeometry(1, 10_000_000, 1, 1, 1, (5, 5), padding=(2, 2, 2, 2))
     assert "transformed input of 2560001280 elements" in str(why_not_winograd(deep, 4, "llvm"))
     deeper = ConvGeometry(1, 30_000_000, 1, 1, 1, (3, 3), padding=(1, 1, 1, 1))

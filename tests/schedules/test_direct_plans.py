@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -107,10 +108,58 @@ def test_plans_of_every_form(target: str, lanes: int) -> None:
         kinds["unaligned"] += not plan.shifted and geometry.kernel[1] > 1
         kinds["rows share vectors"] += plan.cols < lanes
         kinds["parallel blocks"] += plan.blocks_in_parallel
-        kinds["parallel filters"] += not plan.blocks_in_parallel
+        kinds["parallel filters"] += plan.in_parts
         kinds["one visit"] += plan.visits == 1
         kinds["every second pixel"] += geometry.strides[1] == 2
         kinds["uneven channels"] += geometry.in_channels % plan.channels != 0
     assert compared >= 50
     assert len(kinds) == 10
     assert min(kinds.values()) >= 4, kinds
+
+
+def few_blocks(
+    batch: int, channels: int, size: tuple[int, int], filters: int, rows: int, cols: int, together: int, groups: int = 1
+) -> tuple[ConvGeometry, DirectPlan]:
+    """3x3, in blocks of rows x cols outputs, so many channels together."""
+    geometry = ConvGeometry(batch, channels, *size, filters, (3, 3), padding=(1, 1, 1, 1), groups=groups)
+    return geometry, DirectPlan(geometry, 4, rows, cols, together)
+
+
+def few_blocks_unpacked(batch: int, channels: int, width: int, filters: int) -> tuple[ConvGeometry, DirectPlan]:
+    """1x1, in blocks of 8 outputs, two channels together."""
+    geometry = ConvGeometry(batch, channels, 1, width, filters, (1, 1))
+    return geometry, DirectPlan(geometry, 4, 1, 8, 2, packed=False)
+
+
+# By what is shared out among threads, with vectors of four.
+SHARED = {
+    "one block": few_blocks(1, 9, (4, 7), 11, 4, 8, 2),
+    "fewer channels and filters than parts": few_blocks(1, 3, (4, 4), 2, 4, 4, 1),
+    "two blocks": few_blocks(1, 5, (7, 8), 6, 4, 8, 2),
+    "three images": few_blocks(3, 7, (4, 8), 5, 4, 8, 3),
+    "blocks of channels of groups": few_blocks(1, 6, (4, 8), 9, 4, 8, 2, groups=3),
+    "blocks of channels of two images": few_blocks(2, 8, (4, 6), 4, 4, 8, 2, groups=4),
+    "not packed": few_blocks_unpacked(3, 5, 8, 7),
+    "not packed, blocks that overlap": few_blocks_unpacked(1, 5, 21, 7),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", SHARED)
+def test_few_blocks_are_shared_out(name: str, threads: int, use_threads: Callable[[int], None]) -> None:
+    use_threads(threads)
+    geometry, plan = SHARED[name]
+    check_plan(np.random.default_rng(threads), geometry, plan, 0.5, "llvm")
+
+
+def test_what_is_shared_out() -> None:
+    """Each way at least once."""
+    plans = [plan for _, plan in SHARED.values()]
+    assert not any(plan.blocks_in_parallel for plan in plans)
+    packed = [plan for plan in plans if plan.in_parts and plan.packed]
+    assert {plan.all_blocks for plan in packed} == {1, 2, 3}
+    assert any(plan.part_channels == plan.part_filters == 1 and plan.visits > 1 for plan in packed)
+    assert any(plan.channel_parts * plan.part_channels > plan.geometry.in_channels for plan in packed)
+    assert any(plan.filter_parts * plan.part_filters > plan.geometry.out_channels for plan in packed)
+    assert {plan.geometry.batch for plan in plans if not plan.in_parts and plan.channel_blocks > 1} == {1, 2}
+    assert {plan.blocks[1] for plan in plans if not plan.packed} == {1, 3}

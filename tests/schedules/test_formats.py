@@ -420,9 +420,10 @@ def test_direct_blocks_cover_the_output(geometry: ConvGeometry, lanes: int, grou
     assert (plan.channel_blocks - 1) * plan.channels < channels <= plan.channel_blocks * plan.channels
     # A block of channels is of whole groups.
     assert groups == 1 or channels % plan.channels == plan.channels % (channels // groups) == 0
-    # Parts of the filters.
+    # Parts of the channels and of the filters.
+    assert (plan.channel_parts - 1) * plan.part_channels < channels <= plan.channel_parts * plan.part_channels
     assert (plan.filter_parts - 1) * plan.part_filters < geometry.out_channels <= plan.filter_parts * plan.part_filters
-    assert plan.filter_parts <= 4
+    assert max(plan.channel_parts, plan.filter_parts) <= (1 if plan.blocks_in_parallel else 4)
 
 
 @given(geometry=SHAPES, m=st.sampled_from([2, 4]), lanes=st.sampled_from([1, 4, 8, 16]))

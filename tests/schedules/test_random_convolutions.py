@@ -82,14 +82,14 @@ def _check_many(draw_case: Callable[..., Case], use_threads: Callable[[int], Non
     assert sum(number > 1 for number in blocks) >= 10
     # Blocks run in parallel from 4 on; with fewer, parts of their channels and filters.
     assert sum(number == 1 for number in blocks) >= 10
+    assert sum(1 < number < 4 for number in blocks) >= 10
     assert sum(number >= 4 for number in blocks) >= 5
     return list(seen.values())
 
 
 def _blocks(case: Case, target: str) -> int:
-    """Of an image."""
+    """Of all images."""
     facts = cpu_facts(target)
     if case.tile:
-        return winograd_plan(case.geometry, case.tile, facts).blocking.blocks
-    down, across = direct_plan(case.geometry, facts).blocks
-    return down * across
+        return winograd_plan(case.geometry, case.tile, facts).all_blocks
+    return direct_plan(case.geometry, facts).all_blocks
