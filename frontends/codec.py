@@ -1,5 +1,7 @@
 """Lossless coders for the streams of a file. A stream names its coder by number, so that coders can be added.
 
+CODES is for quantised weights only, and knows that they are; see ``coding``.
+
 A coder turns bytes into bytes. Decoding is bounded: the caller says how many bytes must come out, and no more are ever
 held. ``most`` bounds what a stream can expand to, so that a declared size can be refused before anything is allocated.
 """
@@ -83,6 +85,9 @@ class Bzip2:
         """Every ``_BLOCK_COST`` bytes a block of the longest runs."""
         return (length // self._BLOCK_COST + 1) * self._BLOCK
 
+
+CODES = 2
+"""Number of the coder of ``coding.tensors``."""
 
 CODERS: dict[int, Coder] = {coder.number: coder for coder in (Stored(), Bzip2())}
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from . import codec, onnx_graph, winograd_spec
+from .coding import tensors
 from .container import (
     AXES_MOST,
     CRC,
@@ -92,6 +93,11 @@ class _Entry:
     @property
     def count(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def tail(self) -> int:
+        """Bytes of the scale."""
+        return 4 * self.shape[self.fields["scale"]] if "scale" in self.fields else 0
 
 
 def _sections(data: memoryview) -> dict[bytes, memoryview]:
@@ -198,7 +204,7 @@ def _entries(index: dict[str, Any], data_length: int) -> tuple[list[_Entry], lis
 
 _KEYS = {
     "raw": ({"type"}, set[str]()),
-    "codes": ({"width", "step"}, {"seed", "book"}),
+    "codes": ({"step"}, {"width", "seed", "book"}),
     "shared": ({"of"}, set[str]()),
 }
 _STREAM_KEYS = {"coder", "length", "crc"}
@@ -217,6 +223,10 @@ def _with_stream(entry: _Entry) -> _Entry:
     fields = entry.fields
     if any(not _is_int(fields.get(key, 0), 0, 2**32 - 1) for key in _STREAM_KEYS):
         raise _refuse(entry.name, "coder, length and crc must be unsigned integers")
+    if _comes_coded(entry):
+        if entry.count > tensors.most(fields["length"] - entry.tail):
+            raise _refuse(entry.name, f"{fields['length']} bytes cannot hold the {entry.count} codes declared")
+        return replace(entry, length=fields["length"])
     coder = codec.CODERS.get(fields.get("coder", 0))
     length = fields.get("length", 0)
     if coder is None:
@@ -256,8 +266,7 @@ def _check_fields(
     if kind == "raw" and "scale" in fields and fields["type"] != "float32":
         raise _refuse(name, "only float32 tensors have a scale")
     if kind == "codes":
-        if fields["width"] not in (1, 2, 4) or not _is_int(fields["width"], 1, 4):
-            raise _refuse(name, "width must be 1, 2 or 4")
+        _check_width(name, fields)
         if type(fields["step"]) is not float or not _is_positive_float32(fields["step"]):
             raise _refuse(name, "step must be a positive float32 number")
         if not _is_int(fields.get("seed", 0), 0, 2**63 - 1):
@@ -270,6 +279,20 @@ def _check_fields(
             raise _refuse(name, "it must share a float32 tensor of its shape that stands before it")
 
 
+def _check_width(name: str, fields: Mapping[str, Any]) -> None:
+    coder, width = fields["coder"], fields.get("width")
+    if coder == codec.CODES and width is not None:
+        raise _refuse(name, f"codes of coder {coder} have no width")
+    # Any other value for a coder is refused later.
+    if coder in [*codec.CODERS] and not (_is_int(width, 1, 4) and width != 3):
+        raise _refuse(name, "width must be 1, 2 or 4")
+
+
+def _comes_coded(entry: _Entry) -> bool:
+    """Whether the stream is of codes, and of the scale as it is, rather than of bytes."""
+    return entry.kind == "codes" and entry.fields["coder"] == codec.CODES
+
+
 def _is_float32(entry: _Entry) -> bool:
     return entry.kind == "codes" or entry.fields.get("type") == "float32"
 
@@ -280,9 +303,8 @@ def _item_size(entry: _Entry) -> int:
 
 def _payload_size(entry: _Entry) -> int:
     fields = entry.fields
-    item = {"raw": _item_size(entry), "codes": fields.get("width", 0), "shared": 0}[entry.kind]
-    scales = entry.shape[fields["scale"]] if "scale" in fields else 0
-    return entry.count * int(item) + 4 * scales
+    item = {"raw": _item_size(entry), "codes": fields.get("width", 4), "shared": 0}[entry.kind]
+    return entry.count * int(item) + entry.tail
 
 
 def _read_records(books: list[_Entry], entries: list[_Entry], data: memoryview) -> tuple[Record, ...]:
@@ -296,6 +318,8 @@ def _read_payload(entry: _Entry, data: memoryview) -> bytes:
         raise InputError(f"damaged: the checksum of tensor {entry.name!r} is wrong; get the file again")
     if not entry.size:
         return b""
+    if _comes_coded(entry):
+        return stream
     return _decode_stream(entry.fields["coder"], stream, entry.size, f"tensor {entry.name!r}")
 
 
@@ -314,9 +338,8 @@ def _read_record(entry: _Entry, data: memoryview, books: _Books) -> Record:
     payload = _read_payload(entry, data)
     scale = None
     if "scale" in entry.fields:
-        length = 4 * entry.shape[entry.fields["scale"]]
-        scale = _floats(payload[len(payload) - length :], entry.name)
-        payload = payload[: len(payload) - length]
+        scale = _floats(payload[len(payload) - entry.tail :], entry.name)
+        payload = payload[: len(payload) - entry.tail]
     return Record(entry.name, entry.shape, _read_base(entry, payload, books), scale, entry.fields.get("scale", 0))
 
 
@@ -332,15 +355,27 @@ def _read_base(entry: _Entry, payload: bytes, books: _Books) -> NDArray[Any] | L
 
 
 def _read_codes(entry: _Entry, payload: bytes, books: _Books) -> LayerQuantization:
-    width, step = entry.fields["width"], entry.fields["step"]
-    planes = np.frombuffer(payload, np.uint8).reshape(width, entry.count)
-    codes = np.ascontiguousarray(planes.T).view(f"<i{width}").astype(np.int32, copy=False).reshape(entry.shape)
+    step = entry.fields["step"]
+    codes = _decode_codes(entry, payload) if _comes_coded(entry) else _join_planes(entry, payload)
     if (max(-int(codes.min()), int(codes.max())) + 1) * step > float(np.finfo(np.float32).max):
         raise _refuse(entry.name, "a value exceeds float32")
     codebook = None
     if "book" in entry.fields:
         codebook = _look_up(np.unique(codes), books[entry.fields["book"]], entry.name)
     return LayerQuantization(codes, step, entry.fields.get("seed"), codebook)
+
+
+def _decode_codes(entry: _Entry, stream: bytes) -> NDArray[np.int32]:
+    try:
+        return tensors.decode(stream, entry.shape)
+    except ValueError as error:
+        raise _refuse(entry.name, str(error)) from None
+
+
+def _join_planes(entry: _Entry, payload: bytes) -> NDArray[np.int32]:
+    width = entry.fields["width"]
+    planes = np.frombuffer(payload, np.uint8).reshape(width, entry.count)
+    return np.ascontiguousarray(planes.T).view(f"<i{width}").astype(np.int32, copy=False).reshape(entry.shape)
 
 
 def _look_up(

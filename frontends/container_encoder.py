@@ -7,9 +7,9 @@ import zlib
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import codec
+from .coding import tensors
 from .container import (
     CRC,
     DIGEST_BYTES,
@@ -43,7 +43,8 @@ def encode(contents: Contents) -> bytes:
     entries, streams = [], []
     for entry, payload in described:
         if payload:
-            coder, stream = codec.encode(payload)
+            # Codes come coded.
+            coder, stream = (codec.CODES, payload) if entry.get("kind") == "codes" else codec.encode(payload)
             entry |= {"coder": coder, "length": len(stream), "crc": zlib.crc32(stream)}
             streams.append(stream)
         entries.append(entry)
@@ -95,7 +96,7 @@ def _describe_book(book: Book) -> tuple[dict[str, Any], bytes]:
 
 
 def _describe(record: Record, book: int | None) -> tuple[dict[str, Any], bytes]:
-    """The index entry of a record, and the bytes to be coded."""
+    """The index entry of a record, and the bytes to be coded; of codes, those coded."""
     entry: dict[str, Any] = {"name": record.name, "shape": list(record.shape)}
     base = record.base
     if isinstance(base, Shared):
@@ -114,18 +115,10 @@ def _describe(record: Record, book: int | None) -> tuple[dict[str, Any], bytes]:
 
 
 def _describe_codes(quantised: LayerQuantization) -> tuple[dict[str, Any], bytes]:
-    codes = np.asarray(quantised.codes)
-    width = next(w for w in (1, 2, 4) if codes.size == 0 or _fits(codes, w))
-    planes = codes.astype(f"<i{width}").reshape(-1, 1).view(np.uint8).T
-    entry: dict[str, Any] = {"kind": "codes", "width": width, "step": float(np.float32(quantised.step))}
+    entry: dict[str, Any] = {"kind": "codes", "step": float(np.float32(quantised.step))}
     if quantised.dither_seed is not None:
         entry["seed"] = int(quantised.dither_seed)
-    return entry, planes.tobytes()
-
-
-def _fits(codes: NDArray[np.integer], width: int) -> bool:
-    limits = np.iinfo(f"i{width}")
-    return bool(codes.min() >= limits.min and codes.max() <= limits.max)
+    return entry, tensors.encode(np.asarray(quantised.codes))
 
 
 def _text(data: bytes, most: int, what: str) -> bytes:

@@ -1,7 +1,7 @@
-"""A file of version 1 that must decode to the same bits for ever, on every platform, and be written the same again.
+"""Files of version 1 that must decode to the same bits for ever, on every platform, and be written the same again.
 
-``golden_v1.jsm`` was written by the first version of the format. Never replace it: a change that breaks this test
-needs a new version of the format.
+``golden_v1.jsm`` was written when bzip2 coded everything; ``golden_v1_codes.jsm`` has its codes by coder 2. Never
+replace them: a change that breaks these tests needs a coder of another number, or a new version of the format.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from jointsparse.frontends.container_encoder import encode
 from jointsparse.frontends.quantization import LayerQuantization
 from jointsparse.schedules.winograd_pruning import WinogradPruning
 
-GOLDEN = Path(__file__).with_name("golden_v1.jsm")
+BZIP2, CODES = (Path(__file__).with_name(name) for name in ("golden_v1.jsm", "golden_v1_codes.jsm"))
+each_file = pytest.mark.parametrize("golden", [BZIP2, CODES], ids=["bzip2", "codes"])
 
 
 def _codes(count: int, spread: int, factor: int) -> np.ndarray:
@@ -56,13 +57,13 @@ def contents() -> Contents:
     return Contents(model, records, spec)
 
 
-def _decoded() -> tuple[ModelProto, dict[str, np.ndarray]]:
-    model = model_file.unpack(model_file.read(GOLDEN))
+def _decoded(golden: Path) -> tuple[ModelProto, dict[str, np.ndarray]]:
+    model = model_file.unpack(model_file.read(golden))
     return model, {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
 
 
 def test_written_the_same_again() -> None:
-    assert encode(contents()) == GOLDEN.read_bytes()
+    assert encode(contents()) == CODES.read_bytes()
 
 
 def _philox(counter: int, key: int) -> list[int]:
@@ -80,7 +81,8 @@ def _philox(counter: int, key: int) -> list[int]:
     return words
 
 
-def test_values_by_a_second_decoder() -> None:
+@each_file
+def test_values_by_a_second_decoder(golden: Path) -> None:
     """The arithmetic of docs/format.md, written out again with Python integers."""
     first = _codes(900, 7, 3)
     bits = [word for block in range(225) for word in _philox(block + 1, 2**40 + 1)]
@@ -88,7 +90,7 @@ def test_values_by_a_second_decoder() -> None:
     plain = np.array([np.float32(c) * np.float32(0.1) for c in first.tolist()], np.float32)
     base = np.where(first == 0, np.float32(0), plain - dither).reshape(10, 10, 3, 3)
     scale = np.array([0.5, -1.25, 3, 0.1, 0, 7, 1e-3, 2, 1, 1], np.float32)
-    weights = _decoded()[1]
+    weights = _decoded(golden)[1]
     np.testing.assert_array_equal(weights["dithered"], base * scale.reshape(-1, 1, 1, 1))
     np.testing.assert_array_equal(weights["again"], base * scale[::-1].reshape(-1, 1, 1, 1))
     tuned = [c / 16 + (c > 0) / 64 if c else 0 for c in first.tolist()]
@@ -108,12 +110,14 @@ def test_values_by_a_second_decoder() -> None:
         ("table", "1359d82b0b77bc9b827b465c926771d9"),
     ],
 )
-def test_bits(name: str, expected: str) -> None:
-    assert hashlib.sha256(_decoded()[1][name].tobytes()).hexdigest()[:32] == expected
+@each_file
+def test_bits(golden: Path, name: str, expected: str) -> None:
+    assert hashlib.sha256(_decoded(golden)[1][name].tobytes()).hexdigest()[:32] == expected
 
 
-def test_thresholds() -> None:
-    model, weights = _decoded()
+@each_file
+def test_thresholds(golden: Path) -> None:
+    model, weights = _decoded(golden)
     shapes = {name: weight.shape for name, weight in weights.items()}
     spec = winograd_spec.parse(onnx_graph.metadata(model, winograd_spec.KEY) or "", shapes, "golden")
     scale = np.array([0.5, -1.25, 3, 0.1, 0, 7, 1e-3, 2, 1, 1], np.float32)

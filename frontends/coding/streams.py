@@ -1,0 +1,68 @@
+"""Symbols to bytes and back.
+
+A model walks over its symbols once to write and once to read, by the same code: it hands each group of symbols to a
+stream together with their distribution, and goes on from what the stream hands back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import ans
+
+Symbols = NDArray[np.int32]
+
+
+class Stream(Protocol):
+    """Where symbols go to, or come from."""
+
+    def code(self, model: Any, count: int, symbols: Symbols | None) -> Symbols:
+        """The next ``count`` symbols, all of one distribution.
+
+        Args:
+            model: made by ``ans``. symbols: when writing, those to write.
+        """
+        ...
+
+
+class Writer:
+    """Keeps the symbols until ``finish``: what was written first has to be coded last."""
+
+    def __init__(self) -> None:
+        self._groups: list[tuple[Symbols, Any]] = []
+
+    def code(self, model: Any, count: int, symbols: Symbols | None) -> Symbols:
+        """Take symbols."""
+        assert symbols is not None
+        if count:
+            self._groups.append((symbols, model))
+        return symbols
+
+    def finish(self) -> bytes:
+        """The stream: words of 32 bits, the zeros behind the last byte that is none left out."""
+        coder = ans.Coder()
+        for symbols, model in reversed(self._groups):
+            coder.encode_reverse(symbols, model)
+        return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+
+
+class Reader:
+    """Raises ValueError for bytes that are no stream."""
+
+    def __init__(self, data: bytes) -> None:
+        if data.endswith(b"\0"):
+            raise ValueError("not a stream of symbols")
+        words = np.frombuffer(data + bytes(-len(data) % 4), "<u4")
+        self._coder = ans.Coder(words.astype(np.uint32))
+
+    def code(self, model: Any, count: int, symbols: Symbols | None) -> Symbols:
+        """Give symbols."""
+        return self._coder.decode(model, count) if count else np.empty(0, np.int32)
+
+    def finish(self) -> None:
+        """Raises ValueError if there is more."""
+        if not self._coder.is_empty():
+            raise ValueError("the stream of symbols goes on")

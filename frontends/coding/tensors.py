@@ -1,0 +1,100 @@
+"""Tensors of quantised weights to bytes and back."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import ans
+from .magnitudes import Span, code_magnitudes
+from .significance import DENSITIES, MOST_PER_BYTE, WEIGHTS, code_mask, density_of
+from .streams import Reader, Writer
+from .tallies import Grid
+
+_LEVEL_MOST = 72
+"""Of the mean of codes of 32 bits."""
+
+_MOST = 2**31
+"""Magnitude of a code of 32 bits."""
+
+_HEAD_MOST = 14
+"""Bytes."""
+
+
+def encode(codes: NDArray[np.int32]) -> bytes:
+    """The stream: the same bytes for the same codes, on every platform."""
+    grid = Grid.of(codes.shape)
+    values = grid.arrange(codes)
+    return min((_encode(grid, values, choice) for choice in range(len(WEIGHTS))), key=len)
+
+
+def _encode(grid: Grid, values: NDArray[np.int32], choice: int) -> bytes:
+    """With a choice of WEIGHTS."""
+    mask = values != 0
+    nonzeros = values[mask].astype(np.int64)
+    magnitudes = np.abs(nonzeros)
+    stream, span = Writer(), Span.of(magnitudes)
+    density = density_of(mask)
+    code_mask(stream, grid, density, mask, WEIGHTS[choice])
+    code_magnitudes(stream, mask, span, magnitudes)
+    stream.code(ans.bernoulli(0.5), len(nonzeros), (nonzeros < 0).astype(np.int32))
+    return _head(span, density, choice) + stream.finish()
+
+
+def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.int32]:
+    """The codes.
+
+    Raises:
+        ValueError: for bytes that are no stream of codes.
+    """
+    span, density, choice, body = _split(data)
+    grid, stream = Grid.of(shape), Reader(body)
+    mask = code_mask(stream, grid, density, None, WEIGHTS[choice])
+    found = code_magnitudes(stream, mask, span, None)
+    signs = stream.code(ans.bernoulli(0.5), len(found), None)
+    stream.finish()
+    nonzeros = np.where(signs == 1, -found, found)
+    if len(found) and not -span.largest <= nonzeros.min() <= nonzeros.max() <= min(span.largest, _MOST - 1):
+        raise ValueError("the stream holds a code beyond the largest")
+    result = np.zeros(grid.shape, np.int32)
+    result[mask] = nonzeros
+    return grid.restore(result, shape)
+
+
+def _head(span: Span, density: int, choice: int) -> bytes:
+    """Four numbers, seven bits a byte, the lowest first; the highest bit says that there are more."""
+    head = bytearray()
+    for number in (
+        span.least - 1,
+        span.largest - span.least,
+        span.level,
+        (density + DENSITIES) * len(WEIGHTS) + choice,
+    ):
+        while number >= 128:
+            head.append(number & 127 | 128)
+            number >>= 7
+        head.append(number)
+    return bytes(head)
+
+
+def _split(data: bytes) -> tuple[Span, int, int, bytes]:
+    """What the head says, and what is behind it."""
+    numbers, number, shift = [], 0, 0
+    for place, byte in enumerate(data[:_HEAD_MOST], start=1):
+        number |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            numbers.append(number)
+            number = shift = 0
+        if len(numbers) == 4:
+            least, beyond, level = numbers[0] + 1, *numbers[1:3]
+            density, choice = divmod(numbers[3], len(WEIGHTS))
+            if least + beyond > _MOST or level > _LEVEL_MOST or density > 2 * DENSITIES:
+                break
+            return Span(least, least + beyond, level), density - DENSITIES, choice, data[place:]
+    raise ValueError("the stream of codes begins with none")
+
+
+def most(length: int) -> int:
+    """The most weights that so many bytes can stand for."""
+    return MOST_PER_BYTE * (length + 8)
