@@ -15,7 +15,7 @@ import torch
 from onnx import ModelProto
 from torch import nn
 
-from benchmarks import against_peers, networks, report
+from benchmarks import against_peers, codec, networks, report
 from benchmarks.networks import DENSE, JOINT, NETWORKS, SPATIAL, WINOGRAD, Network
 from benchmarks.results import Results
 from benchmarks.rows import CASES, Case
@@ -228,6 +228,21 @@ def test_rows_of_other_sparsities_ask_for_nothing() -> None:
     with pytest.raises(InputError):
         Case("vdsr", 1.0).check()
     assert ISAS == ("native", "avx2")
+
+
+GOLDEN = Path(__file__).parent / "frontends" / "golden_v1.jsm"
+
+
+def test_codecs_give_back_what_they_got(capsys: pytest.CaptureFixture[str]) -> None:
+    layers = codec.read(GOLDEN)
+    assert set(layers) == {"dithered", "tuned", "wide"}
+    rows = [codec.measure(layers, name, one, repeat=1) for name, one in codec.codecs().items()]
+    assert {"jointsparse", "bzip2 -9", "xz -9"} <= {row.codec for row in rows}
+    codec.show(GOLDEN, layers, rows)
+    assert f"{rows[0].bytes:,}" in capsys.readouterr().out
+    wrong = codec.Codec(lambda codes: b"", lambda data, codes: codes + 1)
+    with pytest.raises(ValueError, match="wrong does not decode"):
+        codec.measure(layers, "wrong", wrong, repeat=1)
 
 
 COSTS = """
