@@ -224,7 +224,8 @@ def _with_stream(entry: _Entry) -> _Entry:
     if any(not _is_int(fields.get(key, 0), 0, 2**32 - 1) for key in _STREAM_KEYS):
         raise _refuse(entry.name, "coder, length and crc must be unsigned integers")
     if _comes_coded(entry):
-        if entry.count > tensors.most(fields["length"] - entry.tail):
+        length = fields["length"] - entry.tail
+        if not 0 <= length <= tensors.longest(entry.count) or entry.count > tensors.most(length):
             raise _refuse(entry.name, f"{fields['length']} bytes cannot hold the {entry.count} codes declared")
         return replace(entry, length=fields["length"])
     coder = codec.CODERS.get(fields.get("coder", 0))

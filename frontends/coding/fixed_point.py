@@ -26,7 +26,7 @@ def _logarithms() -> NDArray[np.int32]:
 
 
 def log2(n: NDArray[np.integer]) -> NDArray[np.int32]:
-    """``BIT * log2(n)`` of integers from 1 to 2^52, of whose binary digits the first twelve count."""
+    """``BIT * log2(n)`` of integers from 1 to 2^53, of whose binary digits the first twelve count."""
     exponent = np.frexp(n.astype(np.float64))[1]
     shift = np.maximum(exponent - _EXACT_BITS, 0)
     return _logarithms()[n >> shift] + shift.astype(np.int32) * BIT

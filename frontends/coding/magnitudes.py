@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +107,8 @@ def code_magnitudes(
             given = None if magnitudes is None else magnitudes[part] - span.least
             excess[part] = found = levels.code(stream, evidence.beyond(keys), given)
             evidence.add(keys, found)
-    return excess + span.least
+    excess += span.least
+    return excess
 
 
 def parts(count: int) -> Iterator[slice]:
@@ -230,14 +231,14 @@ def _uniform(stream: Stream, bits: int, count: int, values: NDArray[np.int64] | 
 def _geometric(mean: int, classes: int) -> NDArray[np.float64]:
     """Of a mean in 16ths, by class; by products, sums and quotients alone, which are the same everywhere."""
     ratio = mean / (mean + 16)
-    first = _first_of(np.arange(classes + 1))[0]
+    first = _first_of(np.arange(classes + 1, dtype=np.int64))[0]
     tails = [_power(ratio, int(bound)) for bound in first]
     return np.array([max(here - beyond, 1e-9) for here, beyond in pairwise(tails)])
 
 
 def _sum(values: NDArray[np.float64]) -> float:
-    """One after the other: numpy adds in an order of its own."""
-    return sum(values.tolist())
+    """One after the other: numpy adds in an order of its own, and sum() makes up for rounding from Python 3.12 on."""
+    return list(accumulate(values.tolist()))[-1]
 
 
 def _power(base: float, exponent: int) -> float:

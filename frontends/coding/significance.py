@@ -103,7 +103,7 @@ def stripes(grid: Grid) -> Iterator[Stripe]:
     """All weights, each once."""
     for tap in range(grid.taps):
         every = _every(grid, _FIRST if tap == 0 else _LATER)
-        wide = min(grid.columns, _MOST_BLOCK // every * every)
+        wide = max(1, min(grid.columns, _MOST_BLOCK // every**2 * every))
         tall = max(1, _MOST_BLOCK // wide // every) * every
         for gap, number in _passes(every):
             for top in range(0, grid.rows, tall):
@@ -186,7 +186,7 @@ class _Evidence:
         self.share = max(1, min(_FULL - 1, _FULL * logistic(density, _CLASS_BITS) // ONE))
         self.rows, self.columns = np.zeros((2, grid.rows), np.int32), np.zeros((2, grid.columns), np.int32)
         # Only of those not zero: of all kernels the same taps have been seen.
-        self.kernels = np.zeros((grid.rows, grid.columns), np.min_scalar_type(grid.taps)) if grid.taps > 1 else None
+        self.kernels = np.zeros((grid.rows, grid.columns), np.uint8) if grid.taps > 1 else None
         self.taps, self.near = np.zeros((2, grid.taps), np.int64), np.zeros((2, 9), np.int64)
 
     def add(self, stripe: Stripe, near: NDArray[np.uint8], found: NDArray[np.bool_]) -> None:
@@ -234,7 +234,7 @@ class _Classes:
         numbers = np.clip((log_odds >> _STEP_BITS) + _CLASSES // 2, 0, _CLASSES - 1).astype(np.uint8)
         order = np.argsort(numbers, kind="stable")
         sizes = np.bincount(numbers, minlength=_CLASSES)
-        # Whether it is zero: of symbols of many equal ones, the second costs something from the first on, in ANS.
+        # Whether it is zero.
         symbols = None if mask is None else (~mask[order]).astype(np.int32)
         in_order = np.empty(len(numbers), np.bool_)
         probabilities = (self.began * _TRUST + ONE * self.ones) // (_TRUST + self.seen)

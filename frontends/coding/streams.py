@@ -15,6 +15,9 @@ from . import ans
 
 Symbols = NDArray[np.int32]
 
+_END = np.array([2**16 - 1], np.int32)
+"""Lies below all symbols. Without it many equal ones could cost nothing: symbol 0 leaves a state of 0 as it is."""
+
 
 class Stream(Protocol):
     """Where symbols go to, or come from."""
@@ -44,6 +47,7 @@ class Writer:
     def finish(self) -> bytes:
         """The stream: words of 32 bits, the zeros behind the last byte that is none left out."""
         coder = ans.Coder()
+        coder.encode_reverse(_END, ans.uniform(2**16))
         for symbols, model in reversed(self._groups):
             coder.encode_reverse(symbols, model)
         return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
@@ -63,6 +67,6 @@ class Reader:
         return self._coder.decode(model, count) if count else np.empty(0, np.int32)
 
     def finish(self) -> None:
-        """Raises ValueError if there is more."""
-        if not self._coder.is_empty():
-            raise ValueError("the stream of symbols goes on")
+        """Raises ValueError unless this is the end."""
+        if self._coder.decode(ans.uniform(2**16), 1)[0] != _END[0] or not self._coder.is_empty():
+            raise ValueError("the stream of symbols does not end where it should")

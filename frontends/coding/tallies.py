@@ -19,8 +19,8 @@ WEIGHT_BITS = 4
 WEIGHT = 1 << WEIGHT_BITS
 """Of evidence that counts as it is; it may have another weight, in parts of this."""
 
-_FEW = 64
-"""Kernels, below which going tap by tap is not worth it."""
+_FEW, _MANY = 256, 128
+"""Fewer kernels than that, or more taps, are not gone through tap by tap: it would take long for what it gives."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class Grid:
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> Grid:
-        """The first axis filters, the second channels, all others taps; of few kernels, taps are channels."""
+        """The first axis filters, the second channels, all others taps; few kernels or many taps make taps channels."""
         if len(shape) < 2:
             return cls(1, math.prod(shape), 1)
         rows, columns, taps = shape[0], shape[1], math.prod(shape[2:])
-        return cls(rows, columns, taps, shape[-1]) if rows * columns >= _FEW else cls(rows, columns * taps, 1)
+        if rows * columns < _FEW or taps > _MANY:
+            return cls(rows, columns * taps, 1)
+        return cls(rows, columns, taps, shape[-1] if len(shape) > 2 else 1)
 
     @property
     def shape(self) -> tuple[int, int, int]:

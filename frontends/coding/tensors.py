@@ -17,7 +17,7 @@ _LEVEL_MOST = 72
 _MOST = 2**31
 """Magnitude of a code of 32 bits."""
 
-_HEAD_MOST = 14
+_HEAD_MOST = 13
 """Bytes."""
 
 
@@ -53,11 +53,11 @@ def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.int32]:
     found = code_magnitudes(stream, mask, span, None)
     signs = stream.code(ans.bernoulli(0.5), len(found), None)
     stream.finish()
-    nonzeros = np.where(signs == 1, -found, found)
-    if len(found) and not -span.largest <= nonzeros.min() <= nonzeros.max() <= min(span.largest, _MOST - 1):
+    np.negative(found, out=found, where=signs == 1)
+    if len(found) and not -span.largest <= found.min() <= found.max() <= min(span.largest, _MOST - 1):
         raise ValueError("the stream holds a code beyond the largest")
     result = np.zeros(grid.shape, np.int32)
-    result[mask] = nonzeros
+    result[mask] = found
     return grid.restore(result, shape)
 
 
@@ -92,9 +92,14 @@ def _split(data: bytes) -> tuple[Span, int, int, bytes]:
             if least + beyond > _MOST or level > _LEVEL_MOST or density > 2 * DENSITIES:
                 break
             return Span(least, least + beyond, level), density - DENSITIES, choice, data[place:]
-    raise ValueError("the stream of codes begins with none")
+    raise ValueError("the head of the stream of codes is damaged")
 
 
 def most(length: int) -> int:
     """The most weights that so many bytes can stand for."""
     return MOST_PER_BYTE * (length + 8)
+
+
+def longest(count: int) -> int:
+    """The most bytes that so many weights can need: 60 bits each, and a head."""
+    return 8 * count + 64

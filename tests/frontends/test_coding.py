@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from jointsparse.frontends.coding import ans, fixed_point, portable, tensors
+from jointsparse.frontends.coding import ans, fixed_point, magnitudes, portable, tensors
 from jointsparse.frontends.coding.magnitudes import _first_of, class_of, parts
 from jointsparse.frontends.coding.significance import stripes
 from jointsparse.frontends.coding.tallies import Grid
@@ -36,6 +36,7 @@ def test_there_and_back(shape: tuple[int, ...], seed: int, density: float, sprea
     data = tensors.encode(codes)
     assert tensors.encode(codes.copy()) == data
     assert codes.size <= tensors.most(len(data))
+    assert len(data) <= tensors.longest(codes.size)
     decoded = tensors.decode(data, shape)
     assert decoded.dtype == np.int32
     np.testing.assert_array_equal(decoded, codes)
@@ -87,6 +88,27 @@ def test_bits_are_few() -> None:
     assert 8 * len(tensors.encode(uneven)) < 0.9 * uneven.size * entropy(uneven)
     nothing = np.zeros((512, 512, 3, 3), np.int32)
     assert len(tensors.encode(nothing)) < nothing.size / 5000
+
+
+@pytest.mark.parametrize("shape", [(1000, 1000), (64, 64, 9, 9), (300_000,), (2, 100_000), (100_000, 2, 1, 1)])
+def test_codes_that_cost_little_are_within_what_a_stream_may_hold(shape: tuple[int, ...]) -> None:
+    for value in (0, 1, -1, 7):
+        codes = np.full(shape, value, np.int32)
+        for change in (0, 1, -1):
+            codes.flat[0] += change
+            data = tensors.encode(codes)
+            assert codes.size <= tensors.most(len(data))
+            np.testing.assert_array_equal(tensors.decode(data, shape), codes)
+
+
+def test_many_taps_take_no_longer_than_many_channels() -> None:
+    assert Grid.of((64, 8, 10_000)) == Grid.of((64, 80_000))
+    assert Grid.of((64, 1, 3, 3)) == Grid.of((64, 9))
+    assert Grid.of((64, 4, 3, 3)).taps == 9
+
+
+def test_sums_are_the_same_in_every_python() -> None:
+    assert magnitudes._sum(np.full(10, 0.1)) == 0.9999999999999999
 
 
 def random_even(rng: np.random.Generator, density: NDArray[np.float64]) -> NDArray[np.int32]:
