@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from . import ans
 from .fixed_point import BIT, log2, power_of_two
 from .streams import Stream
-from .tallies import COLUMN, ROW, TAP, WEIGHT_BITS, Tally
+from .tallies import COLUMN, ROW, TAP, WEIGHT_BITS, Tally, grouped
 
 _LEVELS = 16
 _LEVEL_BITS = 2
@@ -165,17 +165,15 @@ class _Levels:
             beyond: how much more than of the tensor is expected, in 64ths of a bit.
         """
         numbers = np.clip((beyond >> _STEP_BITS) + _LEVELS // 2, 0, _LEVELS - 1).astype(np.uint8)
-        order = np.argsort(numbers, kind="stable")
-        sizes = np.bincount(numbers, minlength=_LEVELS)
+        order, groups = grouped(numbers)
         values = None if excess is None else excess[order]
         classes = None if values is None else class_of(values).astype(np.int32)
         in_order = np.zeros(len(numbers), np.int32)
-        of_tensor, end = self._of_tensor(), 0
-        for number in np.flatnonzero(sizes):
-            part = slice(end, end := end + int(sizes[number]))
+        of_tensor = self._of_tensor()
+        for number, part in groups:
             weights = self.counts[number] + of_tensor * _TRUST
             model = ans.categorical(weights / (_TRUST + self.counts[number].sum()))
-            in_order[part] = stream.code(model, int(sizes[number]), None if classes is None else classes[part])
+            in_order[part] = stream.code(model, part, classes)
             self.counts[number] += np.bincount(in_order[part], minlength=self.classes)
         self.all += np.bincount(in_order, minlength=self.classes)
         found = np.empty(len(numbers), np.int64)
@@ -223,9 +221,8 @@ def _within(stream: Stream, classes: NDArray[np.int32], values: NDArray[np.int64
 def _uniform(stream: Stream, bits: int, count: int, values: NDArray[np.int64] | None) -> NDArray[np.int64]:
     if bits <= 0:
         return np.zeros(count, np.int64)
-    return stream.code(ans.uniform(1 << bits), count, None if values is None else values.astype(np.int32)).astype(
-        np.int64
-    )
+    symbols = None if values is None else values.astype(np.int32)
+    return stream.code(ans.uniform(1 << bits), slice(0, count), symbols).astype(np.int64)
 
 
 def _geometric(mean: int, classes: int) -> NDArray[np.float64]:

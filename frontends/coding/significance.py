@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import ans
 from .fixed_point import BIT, ONE, log2, logistic
 from .streams import Stream
-from .tallies import COLUMN, KERNEL, NEAR, ROW, TAP, WEIGHT, WEIGHT_BITS, Grid
+from .tallies import COLUMN, KERNEL, NEAR, ROW, TAP, WEIGHT, WEIGHT_BITS, Grid, grouped
 
 T = TypeVar("T", bound=np.generic)
 
@@ -232,20 +232,17 @@ class _Classes:
     def code(self, stream: Stream, log_odds: NDArray[np.int32], mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
         """Write or read some weights, class by class; only then classes move."""
         numbers = np.clip((log_odds >> _STEP_BITS) + _CLASSES // 2, 0, _CLASSES - 1).astype(np.uint8)
-        order = np.argsort(numbers, kind="stable")
-        sizes = np.bincount(numbers, minlength=_CLASSES)
+        order, groups = grouped(numbers)
         # Whether it is zero.
         symbols = None if mask is None else (~mask[order]).astype(np.int32)
         in_order = np.empty(len(numbers), np.bool_)
         probabilities = (self.began * _TRUST + ONE * self.ones) // (_TRUST + self.seen)
-        end = 0
-        for number in np.flatnonzero(sizes):
-            part = slice(end, end := end + int(sizes[number]))
+        for number, part in groups:
             probability = min(max(int(probabilities[number]), _LEAST), ONE - _LEAST)
             model = ans.bernoulli((ONE - probability) / ONE)
-            in_order[part] = stream.code(model, int(sizes[number]), None if symbols is None else symbols[part]) == 0
+            in_order[part] = stream.code(model, part, symbols) == 0
             self.ones[number] += np.count_nonzero(in_order[part])
-        self.seen += sizes
+            self.seen[number] += part.stop - part.start
         found = np.empty_like(in_order)
         found[order] = in_order
         return found

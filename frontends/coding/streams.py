@@ -22,11 +22,11 @@ _END = np.array([2**16 - 1], np.int32)
 class Stream(Protocol):
     """Where symbols go to, or come from."""
 
-    def code(self, model: Any, count: int, symbols: Symbols | None) -> Symbols:
-        """The next ``count`` symbols, all of one distribution.
+    def code(self, model: Any, part: slice, symbols: Symbols | None) -> Symbols:
+        """Symbols of one distribution.
 
         Args:
-            model: made by ``ans``. symbols: when writing, those to write.
+            model: made by ``ans``. part: of the symbols, which of them come next. symbols: when writing.
         """
         ...
 
@@ -37,12 +37,13 @@ class Writer:
     def __init__(self) -> None:
         self._groups: list[tuple[Symbols, Any]] = []
 
-    def code(self, model: Any, count: int, symbols: Symbols | None) -> Symbols:
+    def code(self, model: Any, part: slice, symbols: Symbols | None) -> Symbols:
         """Take symbols."""
         assert symbols is not None
-        if count:
-            self._groups.append((symbols, model))
-        return symbols
+        taken = symbols[part]
+        if len(taken):
+            self._groups.append((taken, model))
+        return taken
 
     def finish(self) -> bytes:
         """The stream: words of 32 bits, the zeros behind the last byte that is none left out."""
@@ -62,8 +63,9 @@ class Reader:
         words = np.frombuffer(data + bytes(-len(data) % 4), "<u4")
         self._coder = ans.Coder(words.astype(np.uint32))
 
-    def code(self, model: Any, count: int, symbols: Symbols | None) -> Symbols:
+    def code(self, model: Any, part: slice, symbols: Symbols | None) -> Symbols:
         """Give symbols."""
+        count = part.stop - part.start
         return self._coder.decode(model, count) if count else np.empty(0, np.int32)
 
     def finish(self) -> None:

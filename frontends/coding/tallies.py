@@ -56,6 +56,16 @@ class Grid:
         return np.ascontiguousarray(weights.transpose(1, 2, 0)).reshape(shape)
 
 
+def grouped(numbers: NDArray[np.uint8]) -> tuple[NDArray[np.intp], list[tuple[int, slice]]]:
+    """An order in which equal numbers stand together, ascending and otherwise as before, and where each of them stands."""
+    sizes = np.bincount(numbers)
+    ends = np.cumsum(sizes)
+    groups = [
+        (int(number), slice(int(ends[number] - sizes[number]), int(ends[number]))) for number in np.flatnonzero(sizes)
+    ]
+    return np.argsort(numbers, kind="stable"), groups
+
+
 class Tally:
     """Two sums for each of some keys.
 

@@ -37,7 +37,7 @@ def _encode(grid: Grid, values: NDArray[np.int32], choice: int) -> bytes:
     density = density_of(mask)
     code_mask(stream, grid, density, mask, WEIGHTS[choice])
     code_magnitudes(stream, mask, span, magnitudes)
-    stream.code(ans.bernoulli(0.5), len(nonzeros), (nonzeros < 0).astype(np.int32))
+    stream.code(ans.bernoulli(0.5), slice(0, len(nonzeros)), (nonzeros < 0).astype(np.int32))
     return _head(span, density, choice) + stream.finish()
 
 
@@ -51,7 +51,7 @@ def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.int32]:
     grid, stream = Grid.of(shape), Reader(body)
     mask = code_mask(stream, grid, density, None, WEIGHTS[choice])
     found = code_magnitudes(stream, mask, span, None)
-    signs = stream.code(ans.bernoulli(0.5), len(found), None)
+    signs = stream.code(ans.bernoulli(0.5), slice(0, len(found)), None)
     stream.finish()
     np.negative(found, out=found, where=signs == 1)
     if len(found) and not -span.largest <= found.min() <= found.max() <= min(span.largest, _MOST - 1):
