@@ -57,7 +57,7 @@ class Grid:
 
 
 def grouped(numbers: NDArray[np.uint8]) -> tuple[NDArray[np.intp], list[tuple[int, slice]]]:
-    """An order in which equal numbers stand together, ascending and otherwise as before, and where each of them stands."""
+    """An order in which equal numbers stand together, ascending and otherwise as before, and where each of them is."""
     sizes = np.bincount(numbers)
     ends = np.cumsum(sizes)
     groups = [
