@@ -31,7 +31,7 @@ from rich.table import Table
 from jointsparse.frontends import model_file
 from jointsparse.frontends.coding import tensors
 from jointsparse.frontends.errors import InputError
-from jointsparse.frontends.quantization import LayerQuantization
+from jointsparse.frontends.quantization import LayerQuantization, entropy
 
 Codes = NDArray[np.int32]
 
@@ -109,12 +109,6 @@ def _cabac_decode(cabac: ModuleType, data: bytes, codes: Codes) -> Codes:
     return result
 
 
-def entropy(codes: Codes) -> float:
-    """Bits of a tensor, each code by itself."""
-    counts = np.unique(codes, return_counts=True)[1]
-    return float(-np.sum(counts * np.log2(counts / codes.size)))
-
-
 @dataclass(frozen=True)
 class Row:
     """bytes: of all streams. encode, decode: millions of weights a second."""
@@ -160,7 +154,7 @@ def show(path: Path, layers: Mapping[str, Codes], rows: list[Row]) -> None:
     """A table."""
     weights = sum(codes.size for codes in layers.values())
     nonzeros = sum(int(np.count_nonzero(codes)) for codes in layers.values())
-    bits = sum(map(entropy, layers.values()))
+    bits = sum(codes.size * entropy(codes) for codes in layers.values())
     table = Table(title=f"{path.name}: {weights:,} weights, {nonzeros / weights:.1%} not zero")
     for title in ("codec", "bytes", "bits / weight", "bits / non-zero", "to entropy", "encode, M/s", "decode, M/s"):
         table.add_column(title, justify="left" if title == "codec" else "right")

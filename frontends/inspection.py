@@ -17,7 +17,7 @@ from ..schedules.winograd_pruning import WinogradPruning
 from . import container, model_file, onnx_graph
 from .container import Contents, Record, Shared
 from .errors import printable
-from .quantization import LayerQuantization
+from .quantization import LayerQuantization, entropy
 
 _FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 _PIECE = 2**16  # filters transformed at a time.
@@ -162,7 +162,6 @@ def _operators(contents: Contents) -> dict[str, str]:
 
 def _layer(record: Record, base: Any, operator: str, contents: Contents, size: int) -> LayerInfo:
     quantised = base if isinstance(base, LayerQuantization) else None
-    entropy = _entropy(quantised.codes) if quantised else None
     values = quantised.dequantize() if quantised else base
     threshold = contents.winograd.get(record.name)
     nonzeros = int(np.count_nonzero(values))
@@ -180,7 +179,7 @@ def _layer(record: Record, base: Any, operator: str, contents: Contents, size: i
         dithered=quantised is not None and quantised.dither_seed is not None,
         bytes=size,
         bits_per_weight=8 * size / values.size,
-        entropy=entropy,
+        entropy=entropy(quantised.codes) if quantised else None,
     )
 
 
@@ -197,12 +196,6 @@ def _winograd_sparsity(pruning: WinogradPruning, weight: np.ndarray) -> float:
             piece = weight[row : row + rows, column : column + columns]
             pruned += part.sparsity(piece) * piece.shape[0] * piece.shape[1]
     return pruned / (channels * depth)
-
-
-def _entropy(codes: np.ndarray) -> float:
-    counts = np.unique(codes, return_counts=True)[1]
-    shares = counts / codes.size
-    return float(abs(-np.sum(shares * np.log2(shares))))
 
 
 def _parameters(contents: Contents) -> int:

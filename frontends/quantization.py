@@ -92,10 +92,13 @@ class Quantization:
     @property
     def entropy(self) -> float:
         """First-order entropy of the codes in bits a weight: what a memoryless lossless coder could reach."""
-        codes = np.concatenate([x.codes.reshape(-1) for x in self.layers.values()])
-        _, counts = np.unique(codes, return_counts=True)
-        shares = counts / codes.size
-        return float(-(shares * np.log2(shares)).sum())
+        return entropy(np.concatenate([x.codes.reshape(-1) for x in self.layers.values()]))
+
+
+def entropy(codes: NDArray[np.integer]) -> float:
+    """Of codes, each by itself, in bits a code."""
+    shares = np.unique(codes, return_counts=True)[1] / codes.size
+    return float(abs(-np.sum(shares * np.log2(shares))))
 
 
 def quantize_array(weight: NDArray[np.floating], step: float, dither_seed: int | None = None) -> LayerQuantization:

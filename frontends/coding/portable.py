@@ -1,5 +1,5 @@
 """What is used of ``constriction.stream``, bit for bit, in plain Python: for platforms that constriction has no wheel
-for, and as the description of the streams. Some ten times slower.
+for, and as the description of the streams.
 
 Asymmetric numeral systems with a state of 64 bits, words of 32 bits and probabilities in 2^-24 (Duda, arXiv 1311.2540;
 Bamler, arXiv 2201.01741).
