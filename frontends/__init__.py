@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .one_shot import compress
     from .onnx_import import from_onnx, from_torch
     from .quantization import CodebookTuner, quantize_, step_for_bits
+    from .rate_aware import quantize_within_
 
 _HOMES = {
     "CodebookTuner": "quantization",
@@ -29,6 +30,7 @@ _HOMES = {
     "inspect": "inspection",
     "load": "model_file",
     "quantize_": "quantization",
+    "quantize_within_": "rate_aware",
     "save": "model_file",
     "step_for_bits": "quantization",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "inspect",
     "load",
     "quantize_",
+    "quantize_within_",
     "save",
     "step_for_bits",
 ]

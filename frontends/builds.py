@@ -9,6 +9,7 @@ from torch import nn
 
 from .joint_sparsity import JointSparsity
 from .quantization import CodebookTuner, Quantization, quantize_, step_for_bits
+from .rate_aware import quantize_within_
 from .recipe import Recipe, SparsityTable
 from .tasks import Task, evaluate
 from .winograd_inference import winograd_pruned
@@ -25,7 +26,8 @@ def final_pruning(model: nn.Module, plan: Recipe) -> JointSparsity | None:
     target = plan.sparsity
     if target is None:
         return None
-    return JointSparsity(model, target.prune_spatial, target.prune_winograd, target.tile, weighted=target.weighted)
+    shares = target.prune_spatial, target.prune_winograd
+    return JointSparsity(model, *shares, target.tile, weighted=target.weighted, exclude=target.exclude)
 
 
 def holds(target: SparsityTable) -> bool:
@@ -54,7 +56,7 @@ def measure_quantised(
 ) -> dict[str, Any]:
     """Measure each build of the quantised weights, as the file stores them."""
     return {
-        "step": quantization.step,
+        "steps": {name: layer.step for name, layer in quantization.layers.items()},
         "levels": quantization.levels,
         "entropy": round(quantization.entropy, 4),
         "spatial_sparsity": {name: float((layer.codes == 0).mean()) for name, layer in quantization.layers.items()},
@@ -63,13 +65,18 @@ def measure_quantised(
 
 
 def quantise_and_tune(model: nn.Module, objective: JointSparsity | None, task: Task, plan: Recipe) -> Quantization:
-    """Quantise the model in place, then fine-tune its codebook on batches that training has not seen.
+    """Quantise the model in place, within the recipe's increase of the loss; or by one step, and then fine-tune its
+    codebook. On batches that training has not seen.
 
-    The regularisers stay on, with the coefficients that training has found: without them the Winograd domain would lose
-    its sparsity. On one process.
+    In fine-tuning the regularisers stay on, with the coefficients that training has found: without them the Winograd
+    domain would lose its sparsity. On one process.
     """
     table = plan.quantisation
     assert table is not None
+    if table.increase:
+        batches = task.dataset(plan.run.epochs, 0, 1)
+        chosen = [batches[index] for index in range(min(table.calibration, len(batches)))]
+        return quantize_within_(model, chosen, table.increase, task.loss_name)
     step = table.step or step_for_bits(model, table.bits)
     quantization = quantize_(model, step, table.dither, plan.run.seed)
     if not table.tuning_steps:

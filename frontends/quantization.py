@@ -79,9 +79,13 @@ class LayerQuantization:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What ``quantize_`` did, by layer name."""
+    """What ``quantize_`` did, by layer name.
 
-    step: float
+    Attributes:
+        step: of all layers; None where each has its own.
+    """
+
+    step: float | None
     layers: Mapping[str, LayerQuantization]
 
     @property
@@ -147,7 +151,7 @@ def layer_seed(seed: int, index: int) -> int:
 def step_for_bits(model: nn.Module, bits: int) -> float:
     """The step at which the largest weight of the model gets the largest code of ``bits`` bits (2 to 16)."""
     most = largest_code(bits)
-    largest = max((float(m.weight.detach().abs().max()) for m in _layers(model).values()), default=0.0)
+    largest = max((float(m.weight.detach().abs().max()) for m in layers_of(model).values()), default=0.0)
     if not largest > 0:
         raise InputError("the model has no non-zero weight to quantise")
     return largest / most
@@ -167,13 +171,13 @@ def quantize_(model: nn.Module, step: float, dither: bool = False, seed: int = 0
     """
     check_quantiser(None, None, seed)
     layers = {}
-    for index, (name, module) in enumerate(_layers(model).items()):
+    for index, (name, module) in enumerate(layers_of(model).items()):
         weight = module.weight.detach().float().cpu().numpy()
         layers[name] = quantize_array(weight, step, layer_seed(seed, index) if dither else None)
     if not layers:
         raise InputError("the model has no convolution or linear layer to quantise")
     quantization = Quantization(float(np.float32(step)), layers)
-    _write(model, quantization)
+    write_(model, quantization)
     return quantization
 
 
@@ -192,7 +196,10 @@ class CodebookTuner:
         import torch
 
         self.model, self.quantization = model, quantization
-        modules = _layers(model)
+        modules = layers_of(model)
+        if quantization.step is None:
+            raise InputError("every layer has a step of its own: there is no common codebook to tune; use quantize_")
+        self._step = quantization.step
         if set(modules) != set(quantization.layers):
             raise InputError("the quantisation is of another model: their layers differ")
         self._weights = [modules[name].weight for name in quantization.layers]
@@ -206,7 +213,7 @@ class CodebookTuner:
         self._frozen = torch.from_numpy(distinct == 0).to(device)
         values = self._present_values()
         self._values = torch.from_numpy(values).to(device, torch.float64).requires_grad_()
-        self._optimiser = torch.optim.Adam([self._values], lr=rate * quantization.step)
+        self._optimiser = torch.optim.Adam([self._values], lr=rate * self._step)
 
     def step(self) -> None:
         """Move the codebook by the weights' gradients, write the weights anew, and clear their gradients."""
@@ -225,7 +232,7 @@ class CodebookTuner:
 
     def _present_values(self) -> NDArray[np.float64]:
         """The shared value of each code: of the layers' codebooks where they have one, else code * step."""
-        values = self._codes.astype(np.float64) * self.quantization.step
+        values = self._codes.astype(np.float64) * self._step
         for layer in self.quantization.layers.values():
             if layer.codebook is not None:
                 values[np.searchsorted(self._codes, np.unique(layer.codes))] = layer.codebook
@@ -238,20 +245,21 @@ class CodebookTuner:
             for name, layer in self.quantization.layers.items()
         }
         self.quantization = replace(self.quantization, layers=layers)
-        _write(self.model, self.quantization)
+        write_(self.model, self.quantization)
 
 
-def _write(model: nn.Module, quantization: Quantization) -> None:
+def write_(model: nn.Module, quantization: Quantization) -> None:
+    """Set the weights to what the codes stand for, and leave these on the modules."""
     import torch
 
-    modules = _layers(model)
+    modules = layers_of(model)
     with torch.no_grad():
         for name, layer in quantization.layers.items():
             modules[name].weight.copy_(torch.from_numpy(layer.dequantize()))
             modules[name].quantization = layer
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def layers_of(model: nn.Module) -> dict[str, Any]:
     """The modules of convolutions and linear layers by name, each weight once."""
     from torch import nn
     from torch.nn.modules.conv import _ConvNd

@@ -88,9 +88,10 @@ class OptimiserTable:
 
 @dataclass(frozen=True)
 class SparsityTable:
-    """``[sparsity]``. spatial, winograd, tile, weighted, alpha, floor, speed: of ``JointSparsity``; a domain at 0 is
-    left out of training. ramp: share of all steps over which the targets rise. hold: final share of the steps for which
-    spatially pruned weights stay zero. prune_spatial, prune_winograd: what is pruned at the end, whatever was trained.
+    """``[sparsity]``. spatial, winograd, tile, weighted, alpha, floor, speed, exclude: of ``JointSparsity``; a domain
+    at 0 is left out of training. ramp: share of all steps over which the targets rise. hold: final share of the steps
+    for which spatially pruned weights stay zero. prune_spatial, prune_winograd: what is pruned at the end, whatever was
+    trained.
     """
 
     spatial: float = 0.8
@@ -100,6 +101,7 @@ class SparsityTable:
     alpha: float = 1.0
     floor: float = 1e-4
     speed: float = 100.0
+    exclude: list[str] = field(default_factory=list)
     ramp: float = 0.4
     hold: float = 0.2
     prune_spatial: float = 0.8
@@ -108,10 +110,13 @@ class SparsityTable:
 
 @dataclass(frozen=True)
 class QuantisationTable:
-    """``[quantisation]``, after training and pruning. bits: of the largest weight's code, 2 to 16; or step: in units of
-    the weights. dither: as in ``quantize_``, from the run's seed. tuning_steps: of codebook fine-tuning, batches as in
-    training. rate: of ``CodebookTuner``, in units of the step."""
+    """``[quantisation]``, after training and pruning. increase: of the loss, for ``quantize_within_``, on so many
+    calibration batches as in training. Or one step for all layers: bits, of the largest weight's code, 2 to 16, or
+    step, in units of the weights; dither: as in ``quantize_``, from the run's seed; tuning_steps: of codebook
+    fine-tuning, batches as in training; rate: of ``CodebookTuner``, in units of the step."""
 
+    increase: float = 0.0
+    calibration: int = 32
     bits: int = 8
     step: float = 0.0
     dither: bool = False
@@ -135,8 +140,8 @@ class Recipe:
 _CHOICES = {("data", "kind"): ("super-resolution", "classification"), ("run", "precision"): ("fp32", "bf16")}
 _SHARES = ("ramp", "hold", "warmup")
 _SPARSITIES = ("spatial", "winograd", "prune_spatial", "prune_winograd")
-_NOT_NEGATIVE = ("threads", "evaluate_every", "weight_decay", "clip", "tuning_steps")
-_POSITIVE = ("epochs", "batch", "scale", "patch", "steps", "rate", "alpha", "floor", "speed")
+_NOT_NEGATIVE = ("threads", "evaluate_every", "weight_decay", "clip", "tuning_steps", "increase")
+_POSITIVE = ("epochs", "batch", "calibration", "scale", "patch", "steps", "rate", "alpha", "floor", "speed")
 
 
 def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -180,6 +185,8 @@ def _quantisation(table: Mapping[str, Any], path: Path) -> QuantisationTable:
         check_quantiser(given.get("step"), given.get("bits"))
     except InputError as error:
         raise InputError(f"{path}: [quantisation]: {error}") from None
+    if read.increase and (alone := sorted({"bits", "step", "dither", "tuning_steps", "rate"} & given.keys())):
+        raise InputError(f"{path}: quantisation.{alone[0]} is for one step for all layers; leave it or increase out")
     return read
 
 

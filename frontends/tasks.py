@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import data as datasets
+from .curvature import LOSSES
 from .recipe import Recipe
 
 __all__ = ["TASKS", "Metrics", "Task", "evaluate"]
@@ -21,6 +21,8 @@ Metrics = dict[str, float]
 
 class SuperResolution:
     """Mean square error in training, mean PSNR in dB per test folder (and of bicubic enlargement as baseline)."""
+
+    loss_name = "mse"
 
     def __init__(self, plan: Recipe, root: Path) -> None:
         self.spec = plan.data
@@ -53,7 +55,7 @@ class SuperResolution:
         return torch.from_numpy(low)[None, None]
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(prediction.float(), target)
+        return LOSSES[self.loss_name](prediction, target)
 
     def evaluate(self, model: nn.Module) -> Metrics:
         return {name: self._psnr(model, pairs) for name, pairs in self.test_pairs.items()}
@@ -72,6 +74,8 @@ class SuperResolution:
 
 class Classification:
     """Cross-entropy in training, accuracy in per cent on the test split."""
+
+    loss_name = "cross-entropy"
 
     def __init__(self, plan: Recipe, root: Path) -> None:
         self.spec = plan.data
@@ -99,7 +103,7 @@ class Classification:
         return images
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(prediction.float(), target)
+        return LOSSES[self.loss_name](prediction, target)
 
     def evaluate(self, model: nn.Module) -> Metrics:
         return {name: self._accuracy(model, split) for name, split in self.test_data.items()}

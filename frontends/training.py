@@ -185,6 +185,7 @@ class _Trainee(lightning.LightningModule):
             floor=target.floor,
             speed=target.speed,
             ramp=round(target.ramp * self.total),
+            exclude=target.exclude,
         )
 
     def configure_optimizers(self) -> Any:
