@@ -56,6 +56,7 @@ def measure_quantised(
 ) -> dict[str, Any]:
     """Measure each build of the quantised weights, as the file stores them."""
     return {
+        "step": quantization.step,
         "steps": {name: layer.step for name, layer in quantization.layers.items()},
         "levels": quantization.levels,
         "entropy": round(quantization.entropy, 4),

@@ -149,6 +149,26 @@ def test_a_quantised_run_ends_in_one_file(tmp_path: Path, data: Path, tuning_ste
     assert info.winograd_sparsity >= 0.6
 
 
+@pytest.mark.parametrize(("recipe", "loss"), [(SUPER_RESOLUTION, "photos"), (CLASSIFICATION, "test")])
+def test_a_run_quantised_within_an_increase_of_the_loss(tmp_path: Path, data: Path, recipe: str, loss: str) -> None:
+    table = "[quantisation]\nincrease = 1e-3\ncalibration = 2\n"
+    output = tmp_path / "out"
+    quantised = train(write(tmp_path / "recipe.toml", recipe + table), data, output)["quantised"]
+    assert quantised["step"] is None
+    assert len(set(quantised["steps"].values())) > 1
+    assert loss in quantised.get("spatial", quantised.get("dense"))
+    weights = {t.name: numpy_helper.to_array(t) for t in read_model(output / "model.jsm").graph.initializer}
+    for name, value in load_file(output / "model.safetensors").items():
+        if recipe == SUPER_RESOLUTION:
+            np.testing.assert_array_equal(weights[name], value.numpy())
+
+
+def test_a_step_for_all_and_an_increase_of_the_loss_contradict_each_other(tmp_path: Path, data: Path) -> None:
+    table = "[quantisation]\nincrease = 1e-3\nbits = 7\n"
+    with pytest.raises(InputError, match=r"quantisation\.bits"):
+        train(write(tmp_path / "recipe.toml", CLASSIFICATION + table), data, tmp_path / "out")
+
+
 def test_a_dense_classifier_is_quantised_with_dither(tmp_path: Path, data: Path) -> None:
     table = "[quantisation]\nstep = 0.02\ndither = true\ntuning_steps = 3\n"
     recipe = write(tmp_path / "recipe.toml", CLASSIFICATION + table)
