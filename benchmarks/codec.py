@@ -56,7 +56,7 @@ def planes(codes: Codes) -> bytes:
 def codecs() -> dict[str, Codec]:
     """Those that there are, by name."""
     found = {
-        "jointsparse": Codec(tensors.encode, lambda data, codes: tensors.decode(data, codes.shape)),
+        "jointsparse": Codec(tensors.encode, lambda data, codes: tensors.decode(data, codes.shape)[0]),
         "bzip2 -9": Codec(lambda codes: bz2.compress(planes(codes), 9), lambda data, _: bz2.decompress(data)),
         "xz -9": Codec(lambda codes: lzma.compress(planes(codes), preset=9), lambda data, _: lzma.decompress(data)),
     }

@@ -7,14 +7,15 @@ s in float64, rounded to float32; s W one float32 product an entry; the bias in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from . import onnx_graph, winograd_spec
+from .coding.floats import shortened
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,21 @@ def fold(model: ModelProto) -> dict[str, Scaling]:
             folder.try_fold(node)
     folder.finish()
     return folder.scalings
+
+
+def shorten(model: ModelProto, scalings: Mapping[str, Scaling], digits: int) -> dict[str, Scaling]:
+    """Round float32 biases of convolutions and dense layers in place, and scales, to so many binary digits behind the
+    point.
+
+    Returns:
+        The scales rounded.
+    """
+    constants = onnx_graph.initializers(model)
+    for name in {node.input[2] for node in model.graph.node if node.op_type in _AXES and len(node.input) > 2}:
+        if name in constants and constants[name].data_type == TensorProto.FLOAT:
+            value = shortened(onnx_graph.array(constants[name]), digits)
+            constants[name].CopyFrom(numpy_helper.from_array(value, name))
+    return {name: replace(scaling, scale=shortened(scaling.scale, digits)) for name, scaling in scalings.items()}
 
 
 class _Folder:

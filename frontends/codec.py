@@ -1,6 +1,6 @@
 """Lossless coders for the streams of a file. A stream names its coder by number, so that coders can be added.
 
-CODES is for quantised weights only, and knows that they are; see ``coding``.
+CODES and SCALED_CODES are for quantised weights only, and know that they are; see ``coding``.
 
 A coder turns bytes into bytes. Decoding is bounded: the caller says how many bytes must come out, and no more are ever
 held. ``most`` bounds what a stream can expand to, so that a declared size can be refused before anything is allocated.
@@ -11,6 +11,9 @@ from __future__ import annotations
 import bz2
 from typing import Protocol
 
+import numpy as np
+
+from .coding import floats
 from .errors import InputError
 
 
@@ -86,15 +89,41 @@ class Bzip2:
         return (length // self._BLOCK_COST + 1) * self._BLOCK
 
 
+class Floats:
+    """Few float32 numbers; see ``coding.floats``."""
+
+    number = 3
+    name = "floats"
+
+    def encode(self, data: bytes) -> bytes:
+        """The stream of ``coding.floats``."""
+        return floats.encode(np.frombuffer(data, "<f4").astype(np.float32))
+
+    def decode(self, stream: bytes, size: int) -> bytes:
+        """The numbers, little-endian."""
+        if size % 4:
+            raise ValueError(f"{size} bytes are no float32 numbers")
+        return floats.decode(stream, size // 4).astype("<f4").tobytes()
+
+    def most(self, length: int) -> int:
+        """The same for all."""
+        return 4 * floats.MOST
+
+
 CODES = 2
-"""Number of the coder of ``coding.tensors``."""
+"""Number of the coder of ``coding.tensors``, a scale as it is behind the stream."""
 
-CODERS: dict[int, Coder] = {coder.number: coder for coder in (Stored(), Bzip2())}
+SCALED_CODES = 4
+"""Number of the coder of ``coding.tensors`` with the scale within the stream."""
+
+CODERS: dict[int, Coder] = {coder.number: coder for coder in (Stored(), Bzip2(), Floats())}
 
 
-def encode(data: bytes) -> tuple[int, bytes]:
+def encode(data: bytes, of_floats: bool = False) -> tuple[int, bytes]:
     """The number of the coder that makes the shortest stream, and the stream. Ties go to the lower number."""
-    streams = {number: coder.encode(data) for number, coder in CODERS.items()}
+    fitting = of_floats and len(data) <= 4 * floats.MOST
+    coders = [coder for number, coder in CODERS.items() if fitting or number != Floats.number]
+    streams = {coder.number: coder.encode(data) for coder in coders}
     best = min(streams, key=lambda number: (len(streams[number]), number))
     return best, streams[best]
 

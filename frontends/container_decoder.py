@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from . import codec, onnx_graph, winograd_spec
-from .coding import tensors
+from .coding import floats, tensors
 from .container import (
     AXES_MOST,
     CRC,
@@ -95,9 +95,14 @@ class _Entry:
         return math.prod(self.shape)
 
     @property
+    def scales(self) -> int:
+        """Numbers of the scale."""
+        return self.shape[self.fields["scale"]] if "scale" in self.fields else 0
+
+    @property
     def tail(self) -> int:
-        """Bytes of the scale."""
-        return 4 * self.shape[self.fields["scale"]] if "scale" in self.fields else 0
+        """Bytes of the scale as it is, at the end of the stream or of what comes out of it."""
+        return 0 if self.fields.get("coder") == codec.SCALED_CODES else 4 * self.scales
 
 
 def _sections(data: memoryview) -> dict[bytes, memoryview]:
@@ -190,7 +195,7 @@ def _entries(index: dict[str, Any], data_length: int) -> tuple[list[_Entry], lis
         is_book = position < len(index["books"])
         entry = _book_entry(fields, position, start) if is_book else _entry(fields, start, tensors, len(books))
         start += entry.length
-        total += max(entry.size, 0 if is_book else entry.count * _item_size(entry))
+        total += max(entry.size, 0 if is_book else entry.count * _item_size(entry) + 4 * entry.scales)
         if start > data_length or total > WEIGHTS_MOST:
             raise _refuse(entry.name, "it and those before it are larger than the file or the format allows")
         if is_book:
@@ -208,6 +213,7 @@ _KEYS = {
     "shared": ({"of"}, set[str]()),
 }
 _STREAM_KEYS = {"coder", "length", "crc"}
+_CODES = (codec.CODES, codec.SCALED_CODES)
 
 
 def _book_entry(fields: Any, position: int, start: int) -> _Entry:
@@ -225,7 +231,8 @@ def _with_stream(entry: _Entry) -> _Entry:
         raise _refuse(entry.name, "coder, length and crc must be unsigned integers")
     if _comes_coded(entry):
         length = fields["length"] - entry.tail
-        if not 0 <= length <= tensors.longest(entry.count) or entry.count > tensors.most(length):
+        numbers = entry.count + entry.scales
+        if not 0 <= length <= tensors.longest(numbers) or entry.count > tensors.most(length):
             raise _refuse(entry.name, f"{fields['length']} bytes cannot hold the {entry.count} codes declared")
         return replace(entry, length=fields["length"])
     coder = codec.CODERS.get(fields.get("coder", 0))
@@ -267,7 +274,7 @@ def _check_fields(
     if kind == "raw" and "scale" in fields and fields["type"] != "float32":
         raise _refuse(name, "only float32 tensors have a scale")
     if kind == "codes":
-        _check_width(name, fields)
+        _check_width(name, shape, fields)
         if type(fields["step"]) is not float or not _is_positive_float32(fields["step"]):
             raise _refuse(name, "step must be a positive float32 number")
         if not _is_int(fields.get("seed", 0), 0, 2**63 - 1):
@@ -280,18 +287,20 @@ def _check_fields(
             raise _refuse(name, "it must share a float32 tensor of its shape that stands before it")
 
 
-def _check_width(name: str, fields: Mapping[str, Any]) -> None:
+def _check_width(name: str, shape: list[int], fields: Mapping[str, Any]) -> None:
     coder, width = fields["coder"], fields.get("width")
-    if coder == codec.CODES and width is not None:
+    if coder in _CODES and width is not None:
         raise _refuse(name, f"codes of coder {coder} have no width")
+    if coder == codec.SCALED_CODES and not ("scale" in fields and shape[fields["scale"]] <= floats.MOST):
+        raise _refuse(name, f"coder {coder} is for codes with a scale of at most {floats.MOST} numbers")
     # Any other value for a coder is refused later.
     if coder in [*codec.CODERS] and not (_is_int(width, 1, 4) and width != 3):
         raise _refuse(name, "width must be 1, 2 or 4")
 
 
 def _comes_coded(entry: _Entry) -> bool:
-    """Whether the stream is of codes, and of the scale as it is, rather than of bytes."""
-    return entry.kind == "codes" and entry.fields["coder"] == codec.CODES
+    """Whether the stream is of codes rather than of bytes."""
+    return entry.kind == "codes" and entry.fields["coder"] in _CODES
 
 
 def _is_float32(entry: _Entry) -> bool:
@@ -337,27 +346,31 @@ _Books = list[tuple[NDArray[np.int32], NDArray[np.float32]]]
 
 def _read_record(entry: _Entry, data: memoryview, books: _Books) -> Record:
     payload = _read_payload(entry, data)
-    scale = None
-    if "scale" in entry.fields:
-        scale = _floats(payload[len(payload) - entry.tail :], entry.name)
-        payload = payload[: len(payload) - entry.tail]
-    return Record(entry.name, entry.shape, _read_base(entry, payload, books), scale, entry.fields.get("scale", 0))
-
-
-def _read_base(entry: _Entry, payload: bytes, books: _Books) -> NDArray[Any] | LayerQuantization | Shared:
+    body, tail = payload[: len(payload) - entry.tail], payload[len(payload) - entry.tail :]
+    base: NDArray[Any] | LayerQuantization | Shared
     if entry.kind == "shared":
-        return Shared(entry.fields["of"])
-    if entry.kind == "raw":
-        dtype = np.dtype(entry.fields["type"])
-        if dtype == np.bool_ and payload.strip(b"\0\1"):
-            raise _refuse(entry.name, "a truth value is neither 0 nor 1")
-        return np.frombuffer(payload, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(entry.shape)
-    return _read_codes(entry, payload, books)
+        base, scale = Shared(entry.fields["of"]), None
+    elif entry.kind == "raw":
+        base, scale = _read_raw(entry, body), None
+    else:
+        codes, scale = _decode_codes(entry, body) if _comes_coded(entry) else (_join_planes(entry, body), None)
+        base = _quantisation(entry, codes, books)
+    if scale is not None:
+        _check_finite(scale, entry.name)
+    elif "scale" in entry.fields:
+        scale = _floats(tail, entry.name)
+    return Record(entry.name, entry.shape, base, scale, entry.fields.get("scale", 0))
 
 
-def _read_codes(entry: _Entry, payload: bytes, books: _Books) -> LayerQuantization:
+def _read_raw(entry: _Entry, payload: bytes) -> NDArray[Any]:
+    dtype = np.dtype(entry.fields["type"])
+    if dtype == np.bool_ and payload.strip(b"\0\1"):
+        raise _refuse(entry.name, "a truth value is neither 0 nor 1")
+    return np.frombuffer(payload, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(entry.shape)
+
+
+def _quantisation(entry: _Entry, codes: NDArray[np.int32], books: _Books) -> LayerQuantization:
     step = entry.fields["step"]
-    codes = _decode_codes(entry, payload) if _comes_coded(entry) else _join_planes(entry, payload)
     if (max(-int(codes.min()), int(codes.max())) + 1) * step > float(np.finfo(np.float32).max):
         raise _refuse(entry.name, "a value exceeds float32")
     codebook = None
@@ -366,9 +379,11 @@ def _read_codes(entry: _Entry, payload: bytes, books: _Books) -> LayerQuantizati
     return LayerQuantization(codes, step, entry.fields.get("seed"), codebook)
 
 
-def _decode_codes(entry: _Entry, stream: bytes) -> NDArray[np.int32]:
+def _decode_codes(entry: _Entry, stream: bytes) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
     try:
-        return tensors.decode(stream, entry.shape)
+        return tensors.decode(
+            stream, entry.shape, entry.scales if entry.fields["coder"] == codec.SCALED_CODES else None
+        )
     except ValueError as error:
         raise _refuse(entry.name, str(error)) from None
 
@@ -392,9 +407,13 @@ def _look_up(
 
 def _floats(payload: bytes, name: str) -> NDArray[np.float32]:
     values = np.frombuffer(payload, "<f4").astype(np.float32)
+    _check_finite(values, name)
+    return values
+
+
+def _check_finite(values: NDArray[np.float32], name: str) -> None:
     if not np.all(np.isfinite(values)):
         raise _refuse(name, "a value that must be finite is not")
-    return values
 
 
 def _parse_graph(text: bytes, entries: list[_Entry]) -> ModelProto:

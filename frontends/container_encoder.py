@@ -7,9 +7,10 @@ import zlib
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import codec
-from .coding import tensors
+from .coding import floats, tensors
 from .container import (
     CRC,
     DIGEST_BYTES,
@@ -43,8 +44,7 @@ def encode(contents: Contents) -> bytes:
     entries, streams = [], []
     for entry, payload in described:
         if payload:
-            # Codes come coded.
-            coder, stream = (codec.CODES, payload) if entry.get("kind") == "codes" else codec.encode(payload)
+            coder, stream = _coded(entry, payload)
             entry |= {"coder": coder, "length": len(stream), "crc": zlib.crc32(stream)}
             streams.append(stream)
         entries.append(entry)
@@ -95,30 +95,43 @@ def _describe_book(book: Book) -> tuple[dict[str, Any], bytes]:
     return {"count": len(codes)}, np.array(codes, "<i4").tobytes() + np.array(values, "<f4").tobytes()
 
 
+def _coded(entry: dict[str, Any], payload: bytes) -> tuple[int, bytes]:
+    if entry.get("kind") == "codes":
+        # They come coded.
+        return int(entry["coder"]), payload
+    return codec.encode(payload, of_floats=entry.get("type") == "float32" or entry.get("kind") == "shared")
+
+
 def _describe(record: Record, book: int | None) -> tuple[dict[str, Any], bytes]:
     """The index entry of a record, and the bytes to be coded; of codes, those coded."""
     entry: dict[str, Any] = {"name": record.name, "shape": list(record.shape)}
-    base = record.base
-    if isinstance(base, Shared):
-        entry |= {"kind": "shared", "of": base.of}
-        payload = b""
-    elif isinstance(base, LayerQuantization):
-        details, payload = _describe_codes(base)
+    base, scale = record.base, record.scale
+    if isinstance(base, LayerQuantization):
+        details, payload = _describe_codes(base, scale)
         entry |= details | ({} if book is None else {"book": book})
+    elif isinstance(base, Shared):
+        entry |= {"kind": "shared", "of": base.of}
+        payload = _bytes(scale)
     else:
         entry |= {"kind": "raw", "type": base.dtype.name}
-        payload = np.ascontiguousarray(base, base.dtype.newbyteorder("<")).tobytes()
-    if record.scale is not None:
+        payload = np.ascontiguousarray(base, base.dtype.newbyteorder("<")).tobytes() + _bytes(scale)
+    if scale is not None:
         entry["scale"] = record.axis
-        payload += record.scale.astype("<f4").tobytes()
     return entry, payload
 
 
-def _describe_codes(quantised: LayerQuantization) -> tuple[dict[str, Any], bytes]:
+def _describe_codes(quantised: LayerQuantization, scale: NDArray[np.float32] | None) -> tuple[dict[str, Any], bytes]:
     entry: dict[str, Any] = {"kind": "codes", "step": float(np.float32(quantised.step))}
     if quantised.dither_seed is not None:
         entry["seed"] = int(quantised.dither_seed)
-    return entry, tensors.encode(np.asarray(quantised.codes))
+    codes = np.asarray(quantised.codes)
+    if scale is not None and len(scale) <= floats.MOST:
+        return entry | {"coder": codec.SCALED_CODES}, tensors.encode(codes, scale)
+    return entry | {"coder": codec.CODES}, tensors.encode(codes) + _bytes(scale)
+
+
+def _bytes(scale: NDArray[np.float32] | None) -> bytes:
+    return b"" if scale is None else scale.astype("<f4").tobytes()
 
 
 def _text(data: bytes, most: int, what: str) -> bytes:

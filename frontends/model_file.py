@@ -134,7 +134,9 @@ def write(contents: Contents, path: PathLike) -> None:
         temporary.write_bytes(data)
 
 
-def pack(model: ModelProto, quantised: Mapping[str, LayerQuantization], name: str) -> Contents:
+def pack(
+    model: ModelProto, quantised: Mapping[str, LayerQuantization], name: str, digits: int | None = None
+) -> Contents:
     """An ONNX model as the contents of a file; ``model`` is changed.
 
     BatchNorm is folded; a folded tensor is kept as its unscaled values and a scale, so that codes stay codes.
@@ -143,6 +145,7 @@ def pack(model: ModelProto, quantised: Mapping[str, LayerQuantization], name: st
         model: thresholds in its metadata are for its unscaled weights.
         quantised: codes of initializers by name; each must give exactly the initializer's value.
         name: of the model, for messages.
+        digits: binary digits, behind the point, to which scales and biases are rounded; None for all.
 
     Raises:
         InputError: codes and weights differ, or the metadata is no specification for this model.
@@ -156,6 +159,8 @@ def pack(model: ModelProto, quantised: Mapping[str, LayerQuantization], name: st
     spec = winograd_spec.parse(text, shapes, name) if text else {}
     originals = {key: onnx_graph.array(tensors[key]) for key in onnx_graph.weight_uses(model)}
     scalings = batch_norm.fold(model)
+    if digits is not None:
+        scalings = batch_norm.shorten(model, scalings, digits)
     records: dict[str, Record] = {}
     holders: dict[str, str] = {}
     for tensor in model.graph.initializer:

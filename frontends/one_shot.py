@@ -25,6 +25,9 @@ PathLike = str | os.PathLike[str]
 
 DEFAULT_BITS = 8
 
+_DIGITS = 10
+"""Of scales and biases beside quantised weights: those of a float16."""
+
 
 def compress(
     source: PathLike | ModelProto,
@@ -42,7 +45,8 @@ def compress(
     network_options: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Compress a model into a ``.jsm`` file.
+    """Compress a model into a ``.jsm`` file. With quantised weights, biases and the scales of BatchNorm are rounded to
+    the 11 binary digits of a float16, whatever their exponents.
 
     Args:
         source: ``.onnx`` (or a ModelProto), or weights alone, which need ``network`` and torch: ``.safetensors``, or
@@ -83,7 +87,7 @@ def compress(
     tensors = onnx_graph.initializers(model)
     for key, value in weights.items():
         tensors[key].CopyFrom(numpy_helper.from_array(value, key))
-    model_file.write(model_file.pack(model, quantised, name), destination)
+    model_file.write(model_file.pack(model, quantised, name, _DIGITS if quantised else None), destination)
 
 
 def prune(weights: dict[str, NDArray[np.float32]], sparsity: float) -> None:

@@ -21,6 +21,7 @@ from . import rate_distortion
 from .curvature import LOSSES, LayerCurvature, curvatures, evaluating, filters_of, restored
 from .errors import InputError
 from .quantization import LayerQuantization, Quantization, layers_of, write_
+from .short_floats import shorten_
 
 __all__ = ["quantize_within_"]
 
@@ -47,8 +48,9 @@ def quantize_within_(
 ) -> Quantization:
     """Quantise the weights of every convolution and linear layer of a torch model, in place, for the smallest file.
 
-    Weights that are 0 stay 0; more become it. The model must take part as it is, in evaluation mode, BatchNorm by its
-    running statistics. Afterwards as after ``quantize_``, but that every layer has a step of its own.
+    Weights that are 0 stay 0; more become it. Everything is measured in evaluation mode. Biases and BatchNorm are
+    rounded by ``short_floats.shorten_``, so do not train BatchNorm further. Afterwards as after ``quantize_``, but that
+    every layer has a step of its own.
 
     Args:
         batches: calibration data, inputs and targets as in training; a few hundred images.
@@ -84,18 +86,18 @@ class _Search:
         self.weights = {name: m.weight.detach().float().cpu().numpy().copy() for name, m in self.layers.items()}
         if not all(np.isfinite(weight).all() for weight in self.weights.values()):
             raise InputError("cannot quantise weights that are not finite")
+        self.state = {name: value.clone() for name, value in model.state_dict().items()}
         self.before = self._measure()
         progress(f"calibrating on {len(batches)} batches, loss {self.before:.6g}")
         self.curvatures = curvatures(model, self.layers, batches, loss)
 
     def run(self) -> Quantization:
-        """Quantise."""
+        """Quantise; the model is as it was if that fails."""
         try:
+            shorten_(self.model)
             return self._run()
         except BaseException:
-            with torch.no_grad():
-                for name, module in self.layers.items():
-                    module.weight.copy_(torch.from_numpy(self.weights[name]))
+            self.model.load_state_dict(self.state)
             raise
 
     def _run(self) -> Quantization:

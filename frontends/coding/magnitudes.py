@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from . import ans
 from .fixed_point import BIT, log2, power_of_two
-from .streams import Stream
+from .streams import Stream, code_bits
 from .tallies import COLUMN, ROW, TAP, WEIGHT_BITS, Tally, grouped
 
 _LEVELS = 16
@@ -207,22 +207,13 @@ def _first_of(number: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.
 
 
 def _within(stream: Stream, classes: NDArray[np.int32], values: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Values of classes: the least, and bits of equal probability, the lower 16 of them apart."""
+    """Values of classes: the least, and bits of equal probability."""
     first, bits = _first_of(classes.astype(np.int64))
     for count in np.unique(bits[bits > 0]):
         members = np.flatnonzero(bits == count)
         rest = None if values is None else values[members] - first[members]
-        low = _uniform(stream, min(int(count), 16), len(members), None if rest is None else rest & 0xFFFF)
-        high = _uniform(stream, int(count) - 16, len(members), None if rest is None else rest >> 16)
-        first[members] += low + (high << 16)
+        first[members] += code_bits(stream, int(count), len(members), rest)
     return first
-
-
-def _uniform(stream: Stream, bits: int, count: int, values: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    if bits <= 0:
-        return np.zeros(count, np.int64)
-    symbols = None if values is None else values.astype(np.int32)
-    return stream.code(ans.uniform(1 << bits), slice(0, count), symbols).astype(np.int64)
 
 
 def _geometric(mean: int, classes: int) -> NDArray[np.float64]:

@@ -31,6 +31,16 @@ class Stream(Protocol):
         ...
 
 
+def code_bits(stream: Stream, bits: int, count: int, values: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Write or read numbers of so many bits, all equally likely: the lower 16 bits of all, then the others."""
+    result = np.zeros(count, np.int64)
+    for shift, length in ((0, min(bits, 16)), (16, bits - 16)):
+        if length > 0:
+            part = None if values is None else (values >> shift & (1 << length) - 1).astype(np.int32)
+            result |= stream.code(ans.uniform(1 << length), slice(0, count), part).astype(np.int64) << shift
+    return result
+
+
 class Writer:
     """Keeps the symbols until ``finish``: what was written first has to be coded last."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from . import ans
+from . import ans, floats
 from .magnitudes import Span, code_magnitudes
 from .significance import DENSITIES, MOST_PER_BYTE, WEIGHTS, code_mask, density_of
 from .streams import Reader, Writer
@@ -21,44 +21,56 @@ _HEAD_MOST = 13
 """Bytes."""
 
 
-def encode(codes: NDArray[np.int32]) -> bytes:
-    """The stream: the same bytes for the same codes, on every platform."""
+def encode(codes: NDArray[np.int32], scale: NDArray[np.float32] | None = None) -> bytes:
+    """The stream: the same bytes for the same codes, on every platform; the scale's numbers behind them."""
     grid = Grid.of(codes.shape)
     values = grid.arrange(codes)
-    return min((_encode(grid, values, choice) for choice in range(len(WEIGHTS))), key=len)
+    return min((_encode(grid, values, scale, choice) for choice in range(len(WEIGHTS))), key=len)
 
 
-def _encode(grid: Grid, values: NDArray[np.int32], choice: int) -> bytes:
+def _encode(grid: Grid, values: NDArray[np.int32], scale: NDArray[np.float32] | None, choice: int) -> bytes:
     """With a choice of WEIGHTS."""
     mask = values != 0
     nonzeros = values[mask].astype(np.int64)
     magnitudes = np.abs(nonzeros)
     stream, span = Writer(), Span.of(magnitudes)
     density = density_of(mask)
+    head = _head(span, density, choice)
     code_mask(stream, grid, density, mask, WEIGHTS[choice])
     code_magnitudes(stream, mask, span, magnitudes)
     stream.code(ans.bernoulli(0.5), slice(0, len(nonzeros)), (nonzeros < 0).astype(np.int32))
-    return _head(span, density, choice) + stream.finish()
+    if scale is not None:
+        of_scale = floats.head_of(scale)
+        floats.code_floats(stream, of_scale, len(scale), scale)
+        head += of_scale
+    return head + stream.finish()
 
 
-def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """The codes.
+def decode(
+    data: bytes, shape: tuple[int, ...], scale: int | None = None
+) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
+    """The codes, and the numbers behind them.
+
+    Args:
+        scale: how many numbers; None where there is nothing behind the codes.
 
     Raises:
         ValueError: for bytes that are no stream of codes.
     """
     span, density, choice, body = _split(data)
+    of_scale, body = (b"", body) if scale is None else (body[: floats.HEAD], body[floats.HEAD :])
     grid, stream = Grid.of(shape), Reader(body)
     mask = code_mask(stream, grid, density, None, WEIGHTS[choice])
     found = code_magnitudes(stream, mask, span, None)
     signs = stream.code(ans.bernoulli(0.5), slice(0, len(found)), None)
+    numbers = None if scale is None else floats.code_floats(stream, of_scale, scale, None)
     stream.finish()
     np.negative(found, out=found, where=signs == 1)
     if len(found) and not -span.largest <= found.min() <= found.max() <= min(span.largest, _MOST - 1):
         raise ValueError("the stream holds a code beyond the largest")
     result = np.zeros(grid.shape, np.int32)
     result[mask] = found
-    return grid.restore(result, shape)
+    return grid.restore(result, shape), numbers
 
 
 def _head(span: Span, density: int, choice: int) -> bytes:
@@ -101,5 +113,5 @@ def most(length: int) -> int:
 
 
 def longest(count: int) -> int:
-    """The most bytes that so many weights can need: 60 bits each, and a head."""
+    """The most bytes that so many weights and numbers of a scale can need: 60 bits each, and heads."""
     return 8 * count + 64

@@ -20,6 +20,8 @@ coders = pytest.mark.parametrize("number", sorted(codec.CODERS))
 @settings(deadline=None)
 @given(data=st.binary(max_size=2000))
 def test_round_trip(number: int, data: bytes) -> None:
+    if number == codec.Floats.number:
+        data = data[: len(data) // 4 * 4]
     stream = codec.CODERS[number].encode(data)
     assert codec.decode(number, stream, len(data)) == data
     assert len(data) <= codec.CODERS[number].most(len(stream))

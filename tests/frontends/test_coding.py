@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from jointsparse.frontends.coding import ans, fixed_point, magnitudes, portable, tensors
+from jointsparse.frontends.coding import ans, fixed_point, floats, magnitudes, portable, tensors
 from jointsparse.frontends.coding.magnitudes import _first_of, class_of, parts
 from jointsparse.frontends.coding.significance import stripes
 from jointsparse.frontends.coding.tallies import Grid
@@ -37,14 +38,14 @@ def test_there_and_back(shape: tuple[int, ...], seed: int, density: float, sprea
     assert tensors.encode(codes.copy()) == data
     assert codes.size <= tensors.most(len(data))
     assert len(data) <= tensors.longest(codes.size)
-    decoded = tensors.decode(data, shape)
+    decoded, _ = tensors.decode(data, shape)
     assert decoded.dtype == np.int32
     np.testing.assert_array_equal(decoded, codes)
 
 
 def test_the_largest_codes() -> None:
     codes = np.array([[2**31 - 1, -(2**31), 0, 1, 15, 16, 17, -19, 20, 65536]], np.int32)
-    np.testing.assert_array_equal(tensors.decode(tensors.encode(codes), codes.shape), codes)
+    np.testing.assert_array_equal(tensors.decode(tensors.encode(codes), codes.shape)[0], codes)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9))
@@ -98,7 +99,7 @@ def test_codes_that_cost_little_are_within_what_a_stream_may_hold(shape: tuple[i
             codes.flat[0] += change
             data = tensors.encode(codes)
             assert codes.size <= tensors.most(len(data))
-            np.testing.assert_array_equal(tensors.decode(data, shape), codes)
+            np.testing.assert_array_equal(tensors.decode(data, shape)[0], codes)
 
 
 def test_many_taps_take_no_longer_than_many_channels() -> None:
@@ -136,7 +137,7 @@ HEADS = [
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_bytes_are_codes_or_refused(head: bytes, body: bytes, shape: tuple[int, ...]) -> None:
     try:
-        codes = tensors.decode(head + body, shape)
+        codes, _ = tensors.decode(head + body, shape)
     except ValueError:
         return
     assert codes.shape == shape
@@ -169,7 +170,7 @@ def test_plain_python_codes_the_same(coded: list[bytes]) -> None:
     for data, case in zip(coded, CASES, strict=True):
         codes = random_codes(np.random.default_rng(5), *case)
         assert tensors.encode(codes) == data
-        np.testing.assert_array_equal(tensors.decode(data, case[0]), codes)
+        np.testing.assert_array_equal(tensors.decode(data, case[0])[0], codes)
 
 
 @given(st.lists(st.integers(1, 2**32 - 1), max_size=6), st.integers(0, 2**32 - 1))
@@ -187,3 +188,49 @@ def test_plain_python_decodes_anything_the_same(words: list[int], seed: int) -> 
             first, second = (coder.decode(model, 20) for coder, model in zip(coders, pair, strict=True))
             np.testing.assert_array_equal(first, second)
     assert coders[0].is_empty() == coders[1].is_empty()
+
+
+# --- floats ----------------------------------------------------------------------------------------------------------
+
+FLOATS = hnp.arrays(np.uint32, st.integers(0, 70), elements=st.integers(0, 2**32 - 1)).map(lambda x: x.view(np.float32))
+
+
+@given(FLOATS | hnp.arrays(np.float32, st.integers(0, 70), elements=st.floats(-4, 4, width=32)), st.integers(0, 23))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_floats_there_and_back(values: NDArray[np.float32], digits: int) -> None:
+    """Any bits at all; rounded ones too."""
+    for given_values in (values, floats.shortened(values, digits)):
+        data = floats.encode(given_values)
+        assert floats.decode(data, len(values)).tobytes() == given_values.tobytes()
+        codes = np.arange(len(values) * 3, dtype=np.int32).reshape(-1, 3) % 5
+        if len(values):
+            found, scale = tensors.decode(tensors.encode(codes, given_values), codes.shape, len(values))
+            np.testing.assert_array_equal(found, codes)
+            assert scale is not None
+            assert scale.tobytes() == given_values.tobytes()
+
+
+@given(hnp.arrays(np.float32, 20, elements=st.floats(width=32, allow_nan=False)), st.integers(0, 22))
+@settings(deadline=None)
+def test_shortened_floats_are_the_nearest(values: NDArray[np.float32], digits: int) -> None:
+    short = floats.shortened(values, digits)
+    assert not (short.view(np.uint32) & ((1 << 23 - digits) - 1))[np.isfinite(values) & (np.abs(values) < 1e38)].any()
+    normal = np.isfinite(values) & (np.abs(values) > 1e-37)
+    error = np.abs(short[normal].astype(np.float64) - values[normal])
+    assert (error <= 2.0 ** -(digits + 1) * np.abs(values[normal]).astype(np.float64)).all()
+
+
+def test_short_floats_are_short() -> None:
+    values = np.random.default_rng(0).normal(size=500).astype(np.float32)
+    assert len(floats.encode(floats.shortened(values, 8))) < 12 * 500 / 8
+    assert len(floats.encode(values)) < 27 * 500 / 8
+
+
+@pytest.mark.parametrize("head", [b"", b"\0\1", bytes([24, 1, 0]), bytes([64, 1, 0]), bytes([8, 1, 2])])
+def test_damaged_floats_are_refused(head: bytes) -> None:
+    with pytest.raises(ValueError, match="head"):
+        floats.decode(head, 4)
+    data = floats.encode(np.arange(9, dtype=np.float32))
+    for count in (0, 8, 10, 60_000):
+        with pytest.raises(ValueError, match="end"):
+            floats.decode(data, count)

@@ -1,7 +1,8 @@
 """Files of version 1 that must decode to the same bits for ever, on every platform, and be written the same again.
 
-``golden_v1.jsm`` was written when bzip2 coded everything; ``golden_v1_codes.jsm`` has its codes by coder 2. Never
-replace them: a change that breaks these tests needs a coder of another number, or a new version of the format.
+``golden_v1.jsm`` was written when bzip2 coded everything, ``golden_v1_codes.jsm`` has its codes by coder 2,
+``golden_v1_floats.jsm`` its scales and biases by coders 3 and 4. Never replace them: a change that breaks these tests
+needs a coder of another number, or a new version of the format.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from jointsparse.frontends.container_encoder import encode
 from jointsparse.frontends.quantization import LayerQuantization
 from jointsparse.schedules.winograd_pruning import WinogradPruning
 
-BZIP2, CODES = (Path(__file__).with_name(name) for name in ("golden_v1.jsm", "golden_v1_codes.jsm"))
-each_file = pytest.mark.parametrize("golden", [BZIP2, CODES], ids=["bzip2", "codes"])
+KINDS = {"bzip2": "golden_v1.jsm", "codes": "golden_v1_codes.jsm", "floats": "golden_v1_floats.jsm"}
+FILES = {kind: Path(__file__).with_name(name) for kind, name in KINDS.items()}
+each_file = pytest.mark.parametrize("golden", FILES.values(), ids=FILES)
 
 
 def _codes(count: int, spread: int, factor: int) -> np.ndarray:
@@ -63,7 +65,7 @@ def _decoded(golden: Path) -> tuple[ModelProto, dict[str, np.ndarray]]:
 
 
 def test_written_the_same_again() -> None:
-    assert encode(contents()) == CODES.read_bytes()
+    assert encode(contents()) == FILES["floats"].read_bytes()
 
 
 def _philox(counter: int, key: int) -> list[int]:
