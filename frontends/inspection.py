@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -63,6 +64,7 @@ class ModelInfo:
         parameters: all weights and biases, BatchNorm folded; a shared one counts once.
         dense_bytes: four bytes each. file_bytes: every byte of the file. ratio: the first by the second.
         other_bytes: streams of biases and other tensors. graph_bytes, index_bytes: of these two sections.
+        bits_per_weight, entropy: over the layers, of what is quantised; None if nothing is.
         spatial_sparsity: over the layers' weights.
         winograd_sparsity: over the Winograd weights of the layers that have a threshold, None if none has.
     """
@@ -77,6 +79,8 @@ class ModelInfo:
     other_bytes: int
     graph_bytes: int
     index_bytes: int
+    bits_per_weight: float | None
+    entropy: float | None
     spatial_sparsity: float
     winograd_sparsity: float | None
 
@@ -123,6 +127,7 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
             pruned, transformed = pruned + layer.winograd_sparsity * count, transformed + count
     parameters = _parameters(contents)
     weights = sum(layer.weights for layer in layers)
+    quantised = [layer for layer in layers if layer.entropy is not None]
     return ModelInfo(
         path=str(path),
         version=container.VERSION,
@@ -134,9 +139,17 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
         other_bytes=sizes.streams - sum(layer.bytes for layer in layers),
         graph_bytes=sizes.graph,
         index_bytes=sizes.index,
+        bits_per_weight=_mean(quantised, lambda layer: layer.bits_per_weight),
+        entropy=_mean(quantised, lambda layer: layer.entropy or 0.0),
         spatial_sparsity=1 - sum(layer.nonzeros for layer in layers) / weights if weights else 0.0,
         winograd_sparsity=pruned / transformed if transformed else None,
     )
+
+
+def _mean(layers: Sequence[LayerInfo], figure: Callable[[LayerInfo], float]) -> float | None:
+    """Over all weights."""
+    weights = sum(layer.weights for layer in layers)
+    return sum(figure(layer) * layer.weights for layer in layers) / weights if weights else None
 
 
 def _declared(contents: Contents) -> ModelProto:
@@ -222,7 +235,7 @@ def _table(info: ModelInfo) -> Table:
     table.add_column("zeros", f"{info.spatial_sparsity:.1%}", justify="right")
     table.add_column("Winograd", _percent(info.winograd_sparsity), justify="right")
     table.add_column("bits/weight", f"{8 * size / weights:.2f}" if weights else "", justify="right")
-    table.add_column("entropy", justify="right")
+    table.add_column("entropy", _bits(info.entropy), justify="right")
     table.add_column("bytes", f"{size:,}", justify="right")
     for layer in layers:
         winograd = _percent(layer.winograd_sparsity) + (f" F({layer.tile})" if layer.tile else "")
@@ -232,10 +245,14 @@ def _table(info: ModelInfo) -> Table:
             f"{layer.spatial_sparsity:.1%}",
             winograd,
             f"{layer.bits_per_weight:.2f}",
-            "-" if layer.entropy is None else f"{layer.entropy:.2f}",
+            _bits(layer.entropy),
             f"{layer.bytes:,}",
         )
     return table
+
+
+def _bits(entropy: float | None) -> str:
+    return "-" if entropy is None else f"{entropy:.2f}"
 
 
 def _percent(share: float | None) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, helper
 
 from . import batch_norm, container, container_decoder, container_encoder, onnx_graph, winograd_spec
 from .container import Contents, Record, Shared
@@ -202,7 +202,14 @@ def unpack(contents: Contents) -> ModelProto:
             value = batch_norm.scaled(value, record.scale, record.axis)
         if record.scale is not None and record.name in spec:
             spec[record.name] = spec[record.name].scaled(record.scale)
-        model.graph.initializer.append(numpy_helper.from_array(value, record.name))
+        tensor = model.graph.initializer.add(
+            name=record.name, dims=value.shape, data_type=helper.np_dtype_to_tensor_dtype(value.dtype)
+        )
+        # Each of these may be as large as the model: one at a time.
+        data = value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
+        del value
+        tensor.raw_data = data
+        del data
     if spec:
         onnx_graph.set_metadata(model, winograd_spec.KEY, winograd_spec.dump(spec))
     return model

@@ -91,24 +91,36 @@ def code_magnitudes(
     mask: NDArray[np.bool_],
     span: Span,
     magnitudes: NDArray[np.int64] | None,
-) -> NDArray[np.int64]:
+) -> NDArray[np.uint32]:
     """Write or read magnitudes of the weights that are not zero, in C order.
 
     Args:
         mask: (taps, filters, channels). magnitudes: to write.
     """
-    places = np.flatnonzero(mask)
-    excess = np.zeros(len(places), np.int64)
+    count = int(np.count_nonzero(mask))
+    # Magnitudes of 32 bits, places of fewer than 31: of a large tensor these are most of what is held.
+    excess = np.zeros(count, np.uint32)
     if span.largest > span.least:
+        places = _places(mask, count)
         evidence = _Means(mask.shape, span)
         levels = _Levels(span)
-        for part in parts(len(places)):
+        for part in parts(count):
             keys = evidence.keys(places[part])
             given = None if magnitudes is None else magnitudes[part] - span.least
             excess[part] = found = levels.code(stream, evidence.beyond(keys), given)
             evidence.add(keys, found)
-    excess += span.least
+    excess += np.uint32(span.least)
     return excess
+
+
+def _places(mask: NDArray[np.bool_], count: int) -> NDArray[np.int32]:
+    """Of what is not zero in it, tap by tap."""
+    places, begin = np.empty(count, np.int32), 0
+    for tap, plane in enumerate(mask.reshape(len(mask), -1)):
+        found = np.flatnonzero(plane)
+        places[begin : begin + len(found)] = found + tap * plane.size
+        begin += len(found)
+    return places
 
 
 def parts(count: int) -> Iterator[slice]:
@@ -128,18 +140,18 @@ class _Means:
         sizes, each = {ROW: shape[1], COLUMN: shape[2], TAP: shape[0]}, math.prod(shape)
         self.tallies = {kind: Tally(size) for kind, size in sizes.items() if size > 1 and _SHARED * size <= each}
 
-    def keys(self, places: NDArray[np.intp]) -> dict[int, NDArray[np.intp]]:
+    def keys(self, places: NDArray[np.int32]) -> dict[int, NDArray[np.int32]]:
         """Of weights, by kind of evidence."""
         line, column = np.divmod(places, self.shape[2])
         tap, row = np.divmod(line, self.shape[1])
         return {ROW: row, COLUMN: column, TAP: tap}
 
-    def add(self, keys: dict[int, NDArray[np.intp]], found: NDArray[np.int64]) -> None:
+    def add(self, keys: dict[int, NDArray[np.int32]], found: NDArray[np.int64]) -> None:
         capped = np.minimum(found, _CAPPED)
         for kind, tally in self.tallies.items():
             tally.add(keys[kind], capped)
 
-    def beyond(self, keys: dict[int, NDArray[np.intp]]) -> NDArray[np.int32]:
+    def beyond(self, keys: dict[int, NDArray[np.int32]]) -> NDArray[np.int32]:
         """By how much more than the tensor's mean is expected of each weight, in 64ths of a bit."""
         base = int(log2(np.array([self.mean]))[0]) - 4 * BIT
         total = np.zeros(len(keys[ROW]), np.int32)

@@ -17,6 +17,9 @@ _LEVEL_MOST = 72
 _MOST = 2**31
 """Magnitude of a code of 32 bits."""
 
+_SIGNS = 1 << 20
+"""To be read at a time."""
+
 _HEAD_MOST = 13
 """Bytes."""
 
@@ -62,15 +65,28 @@ def decode(
     grid, stream = Grid.of(shape), Reader(body)
     mask = code_mask(stream, grid, density, None, WEIGHTS[choice])
     found = code_magnitudes(stream, mask, span, None)
-    signs = stream.code(ans.bernoulli(0.5), slice(0, len(found)), None)
+    if len(found) and found.max() > span.largest:
+        raise ValueError("the stream holds a code beyond the largest")
+    nonzeros = _signed(stream, found)
     numbers = None if scale is None else floats.code_floats(stream, of_scale, scale, None)
     stream.finish()
-    np.negative(found, out=found, where=signs == 1)
-    if len(found) and not -span.largest <= found.min() <= found.max() <= min(span.largest, _MOST - 1):
-        raise ValueError("the stream holds a code beyond the largest")
     result = np.zeros(grid.shape, np.int32)
-    result[mask] = found
+    result[mask] = nonzeros
+    del mask, nonzeros, found
     return grid.restore(result, shape), numbers
+
+
+def _signed(stream: Reader, magnitudes: NDArray[np.uint32]) -> NDArray[np.int32]:
+    """The magnitudes with the signs that come next, some at a time; in their place."""
+    codes = magnitudes.view(np.int32)
+    for begin in range(0, len(codes), _SIGNS):
+        part = codes[begin : begin + _SIGNS]
+        is_negative = stream.code(ans.bernoulli(0.5), slice(0, len(part)), None) == 1
+        # The magnitude 2^31 looks like its own negative.
+        if np.any((part < 0) & ~is_negative):
+            raise ValueError("the stream holds a code beyond the largest")
+        np.negative(part, out=part, where=is_negative)
+    return codes
 
 
 def _head(span: Span, density: int, choice: int) -> bytes:

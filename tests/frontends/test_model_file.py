@@ -105,7 +105,11 @@ def test_module_without_a_zero_and_with_zeros_only(path: Path) -> None:
     frontends.quantize_(module, step=0.25)
     frontends.save(module, x, path)
     np.testing.assert_allclose(run(_decompressed(path), x.numpy())[0], _reference(module, x), rtol=1e-4, atol=1e-5)
-    layers = {layer.name: layer for layer in frontends.inspect(path).layers}
+    info = frontends.inspect(path)
+    layers = {layer.name: layer for layer in info.layers}
+    weights = sum(layer.weights for layer in info.layers)
+    assert info.entropy == pytest.approx(sum(layer.entropy * layer.weights for layer in info.layers) / weights)
+    assert info.bits_per_weight == pytest.approx(8 * sum(layer.bytes for layer in info.layers) / weights)
     assert (layers["conv1.weight"].spatial_sparsity, layers["conv1.weight"].entropy) == (1, 0)
     assert (layers["conv2.weight"].spatial_sparsity, layers["conv2.weight"].entropy) == (0, 0)
 
