@@ -64,7 +64,8 @@ class Settings:
         exclude: layers left alone: the last one has so few and so small weights that a common threshold takes all.
         rate: peak learning rate. ramp: share of the steps over which the targets rise. hold: share of the steps, at
             the end, with the pruned weights held at zero.
-        bits: of the largest quantised weight. repeat: measurements of each build, the fastest counts.
+        increase: of the mean square error by quantisation, at most. calibration: batches to measure it on.
+        repeat: measurements of each build, the fastest counts.
         crop: rows and columns of the test photograph to use, None for all.
     """
 
@@ -78,7 +79,8 @@ class Settings:
     rate: float = 1e-3
     ramp: float = 0.3
     hold: float = 0.5
-    bits: int = 7
+    increase: float = 2e-5
+    calibration: int = 24
     repeat: int = 10
     crop: tuple[int, int] | None = None
 
@@ -194,8 +196,7 @@ def fine_tune(model: nn.Module, settings: Settings, progress: Progress) -> Joint
     import torch
     import torch.nn.functional as F
 
-    from . import JointSparsity, quantize_
-    from .quantization import step_for_bits
+    from . import JointSparsity, quantize_within_
 
     objective = JointSparsity(
         model,
@@ -235,7 +236,9 @@ def fine_tune(model: nn.Module, settings: Settings, progress: Progress) -> Joint
         if index % max(1, settings.steps // 10) == 0:
             progress(f"fine-tuning, step {index} of {settings.steps}: {-10 * math.log10(mean):.2f} dB")
     objective.prune_("spatial")
-    quantize_(model, step=step_for_bits(model, settings.bits))
+    progress(f"quantising within {settings.increase:g} of the mean square error")
+    batches.epoch = 1
+    quantize_within_(model, [batches[i] for i in range(min(settings.calibration, len(batches)))], settings.increase)
     return objective
 
 
