@@ -3,6 +3,7 @@
 # make test      what CI runs: linter, type checker, tests
 # make bench     the networks of benchmarks/ against dense engines, an hour or two; goes on where it stopped
 # make slow      the tests of many minutes
+# make test-arm  what is checked on an emulated aarch64; sets it up by apt and pip (Debian, Ubuntu)
 # make pins      renew constraints/ for $(PYTHON)
 # make clean     remove everything made here
 
@@ -18,7 +19,7 @@ TYPES := build/types
 export TOPHUB_LOCATION := NONE
 
 .DEFAULT_GOAL := install
-.PHONY: install demo test bench slow lint types pins clean
+.PHONY: install demo test bench slow test-arm lint types pins clean
 
 install: $(INSTALLED)
 
@@ -36,7 +37,7 @@ demo: $(INSTALLED)
 	@$(BIN)/jointsparse demo --output demo-output
 
 test: lint types
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow and not arm" -n 2 --dist worksteal
 
 # BENCH="--network resnet18 --rounds 1" measures a part of it.
 bench: $(INSTALLED)
@@ -45,6 +46,12 @@ bench: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+test-arm: build/arm/ready
+	$(BIN)/python -m pytest -m arm
+
+build/arm/ready: $(INSTALLED) tests/arm/setup.sh
+	sh tests/arm/setup.sh build/arm $(BIN)/python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
