@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import model_file
+from .container import Library
 from .errors import InputError
 from .outputs import check_output, replacing
 from .ranges import check_sparsity
@@ -31,18 +33,20 @@ def compile_model(
     cross_compiler: str | None = None,
     tuning_records: Path | None = None,
     input_shapes: Shapes | None = None,
+    embed_library: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Plan:
     """Compile a .jsm or .onnx file for `target` into `output`, a package that ``tvmc run`` runs too.
 
     Args:
         model: a .jsm or .onnx file. target: as ``target_strings.parse_target`` takes it.
-        output: the PACKAGE.tar to write.
+        output: the PACKAGE.tar to write; with `embed_library` the MODEL.jsm.
         domain: where the zeros are used: auto, spatial, winograd or dense, as in ``passes.sparsify``.
         winograd_sparsity: share in [0, 1) of Winograd weights to prune in a model that carries no threshold.
         cross_compiler: C++ compiler that links for a foreign target.
         tuning_records: a log of auto_scheduler or AutoTVM, applied while building.
         input_shapes: for inputs of an ONNX model with open axes: by name, or the shape of the one input.
+        embed_library: write the .jsm file with the package in it, beside the weights and what is in it already.
         progress: told the name of each stage as it starts.
 
     Returns:
@@ -54,6 +58,8 @@ def compile_model(
     # What is wrong with files is found before TVM is imported.
     check_output(output)
     _check_model(model)
+    if embed_library and not model.suffix.lower() == output.suffix.lower() == ".jsm":
+        raise InputError(f"{model}, {output}: only .jsm files hold libraries; leave --embed-library out, or give two")
     check_sparsity(winograd_sparsity, "Winograd")
     tvm_target = parse_target(target)
     compiler = find_compiler(tvm_target, cross_compiler)
@@ -75,12 +81,17 @@ def compile_model(
         library = _build(mod, params, tvm_target, model)
     progress("linking")
     with replacing(output) as temporary:
+        package = temporary.with_suffix(".tar")
         try:
-            TVMCModel(mod, params).export_package(library, str(temporary), cross=compiler)
+            TVMCModel(mod, params).export_package(library, str(package), cross=compiler)
         except RuntimeError as error:  # the compiler's own output
             raise InputError(
                 f"{compiler or 'the C++ compiler'} could not link the library: {_first_line(error)}"
             ) from error
+        if embed_library:
+            model_file.embed(Library(str(tvm_target), domain, package.read_bytes()), model, temporary)
+        else:
+            package.replace(temporary)
     return plan
 
 
@@ -116,7 +127,7 @@ def read_onnx(path: Path, input_shapes: Shapes | None = None) -> ModelProto:
     Raises:
         InputError: as ``read_model``, but for what TVM cannot import.
     """
-    from . import model_file, onnx_graph
+    from . import onnx_graph
 
     _check_model(path)
     if path.suffix.lower() != ".jsm":

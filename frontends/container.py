@@ -42,8 +42,14 @@ PREFIX = struct.Struct("<8sHHQ")
 SECTION = struct.Struct("<4sI")
 TEXT = struct.Struct("<BI")
 CRC = struct.Struct("<I")
+LIST = struct.Struct("<I")
 DIGEST_BYTES = 8
 REQUIRED = (b"INDX", b"GRPH", b"DATA", b"END ")
+LIBRARIES = b"libs"
+"""Tag of the optional section with built libraries."""
+LIBRARIES_MOST = 256
+LIST_MOST = 2**16
+"""Bytes of the list of libraries."""
 
 # Element types that a raw record can have.
 TYPES = (
@@ -88,13 +94,28 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Library:
+    """A package of compiled code beside the weights: native code, for whoever trusts the file.
+
+    Attributes:
+        target: TVM's, as a string. domain: it was compiled for. package: the bytes of PACKAGE.tar.
+    """
+
+    target: str
+    domain: str
+    package: bytes
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """Where the bytes of a file go: tensors' streams by name, all streams, the graph, the index, and the whole."""
+    """Where the bytes of a file go: tensors' streams by name, all streams, the graph, the index, the libraries, and the
+    whole."""
 
     tensors: Mapping[str, int]
     streams: int
     graph: int
     index: int
+    libraries: int
     file: int
 
 
@@ -106,12 +127,14 @@ class Contents:
         graph: the ONNX model without the tensors in ``records``.
         records: the tensors, in order.
         winograd: pruning of the unscaled weights in the Winograd domain, by record.
+        libraries: built from them, by target and domain, ascending.
         sizes: set by ``decode``.
     """
 
     graph: ModelProto
     records: tuple[Record, ...]
     winograd: winograd_spec.Spec = field(default_factory=dict)
+    libraries: tuple[Library, ...] = ()
     sizes: Sizes | None = None
 
 

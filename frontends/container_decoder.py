@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -25,6 +25,10 @@ from .container import (
     CRC,
     GRAPH_MOST,
     INDEX_MOST,
+    LIBRARIES,
+    LIBRARIES_MOST,
+    LIST,
+    LIST_MOST,
     MAGIC,
     NAME_MOST,
     PREFIX,
@@ -36,6 +40,7 @@ from .container import (
     VERSION,
     WEIGHTS_MOST,
     Contents,
+    Library,
     Record,
     Shared,
     Sizes,
@@ -61,6 +66,7 @@ def decode(data: bytes, where: str = "the file") -> Contents:
         books, entries = _entries(index, len(sections[b"DATA"]))
         graph = _parse_graph(_read_text(sections[b"GRPH"], GRAPH_MOST, "graph"), entries)
         records = _read_records(books, entries, sections[b"DATA"])
+        libraries = _libraries(sections[LIBRARIES]) if LIBRARIES in sections else ()
         shapes = {record.name: record.shape for record in records}
         winograd = winograd_spec.parse(index["winograd"], shapes, "index")
         for record in records:
@@ -73,9 +79,10 @@ def decode(data: bytes, where: str = "the file") -> Contents:
         streams=len(sections[b"DATA"]),
         graph=len(sections[b"GRPH"]),
         index=len(sections[b"INDX"]),
+        libraries=SECTION.size + len(sections[LIBRARIES]) + CRC.size if LIBRARIES in sections else 0,
         file=len(data),
     )
-    return Contents(graph, records, winograd, sizes)
+    return Contents(graph, records, winograd, libraries, sizes)
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def _sections(data: memoryview) -> dict[bytes, memoryview]:
         tag, payload, end = _read_section(data, start)
         if tag in found:
             raise InputError(f"damaged: two sections {tag.decode()!r}; get the file again")
-        if tag in REQUIRED:
+        if tag in (*REQUIRED, LIBRARIES):
             found[tag] = payload
         elif not 0x61 <= tag[0] <= 0x7A:
             raise InputError(f"needs section {tag!r}, unknown to this version; upgrade jointsparse")
@@ -167,6 +174,20 @@ def _decode_stream(coder: int, stream: bytes, size: int, what: str) -> bytes:
 
 
 def _parse_index(text: bytes) -> dict[str, Any]:
+    index = _parse_json(text, "index", dict)
+    _check_keys(index, {"books", "tensors", "winograd"}, set(), "index")
+    for key in ("books", "tensors"):
+        if not isinstance(index[key], list) or len(index[key]) > TENSORS_MOST:
+            raise InputError(f"index: {key} must be a list of at most {TENSORS_MOST}; do not trust this file")
+    return index
+
+
+T = TypeVar("T")
+
+
+def _parse_json(text: bytes, what: str, kind: type[T]) -> T:
+    """An object or list; a key twice, and numbers that are none, are refused."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
             raise ValueError("a key stands twice")
@@ -176,14 +197,15 @@ def _parse_index(text: bytes) -> dict[str, Any]:
         raise ValueError(f"{name} is no number")
 
     try:
-        index = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"index: not valid JSON ({error}); do not trust this file") from None
-    _check_keys(index, {"books", "tensors", "winograd"}, set(), "index")
-    for key in ("books", "tensors"):
-        if not isinstance(index[key], list) or len(index[key]) > TENSORS_MOST:
-            raise InputError(f"index: {key} must be a list of at most {TENSORS_MOST}; do not trust this file")
-    return dict(index)
+        raise InputError(f"{what}: not valid JSON ({error}); do not trust this file") from None
+    if not isinstance(value, kind):
+        raise InputError(f"{what}: must be {_JSON_NAMES[kind]}; do not trust this file")
+    return value
+
+
+_JSON_NAMES: dict[type, str] = {dict: "an object", list: "a list"}
 
 
 def _entries(index: dict[str, Any], data_length: int) -> tuple[list[_Entry], list[_Entry]]:
@@ -430,6 +452,26 @@ def _parse_graph(text: bytes, entries: list[_Entry]) -> ModelProto:
     if len(set(names)) != len(names):
         raise InputError("graph: two tensors of one name; do not trust this file")
     return model
+
+
+def _libraries(payload: memoryview) -> tuple[Library, ...]:
+    size = LIST.unpack_from(payload)[0] if len(payload) >= LIST.size else LIST_MOST + 1
+    if size > min(LIST_MOST, len(payload) - LIST.size):
+        raise InputError("libraries: their list is too long; do not trust this file")
+    start = LIST.size + size
+    found: list[Library] = []
+    for fields in _parse_json(bytes(payload[LIST.size : start]), "libraries", list):
+        _check_keys(fields, {"domain", "length", "target"}, set(), "libraries")
+        target, domain, length = fields["target"], fields["domain"], fields["length"]
+        if not (_is_name(target) and _is_name(domain) and _is_int(length, 0, len(payload) - start)):
+            raise InputError("libraries: a target, domain or length is none; do not trust this file")
+        if found and (found[-1].target, found[-1].domain) >= (target, domain):
+            raise InputError("libraries: they do not ascend by target and domain; do not trust this file")
+        found.append(Library(target, domain, bytes(payload[start : start + length])))
+        start += length
+    if start != len(payload) or len(found) > LIBRARIES_MOST:
+        raise InputError("libraries: they are not as long, or not as few, as they must be; do not trust this file")
+    return tuple(found)
 
 
 def _check_keys(fields: Any, needed: set[str], optional: set[str], what: str) -> None:

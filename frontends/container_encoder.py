@@ -17,12 +17,17 @@ from .container import (
     FILE_MOST,
     GRAPH_MOST,
     INDEX_MOST,
+    LIBRARIES,
+    LIBRARIES_MOST,
+    LIST,
+    LIST_MOST,
     MAGIC,
     PREFIX,
     SECTION,
     TEXT,
     VERSION,
     Contents,
+    Library,
     Record,
     Shared,
     digest,
@@ -59,6 +64,8 @@ def encode(contents: Contents) -> bytes:
         _section(b"GRPH", _text(contents.graph.SerializeToString(deterministic=True), GRAPH_MOST, "graph")),
         _section(b"DATA", b"".join(streams)),
     ]
+    if contents.libraries:
+        sections.append(_section(LIBRARIES, _libraries(contents.libraries)))
     length = PREFIX.size + sum(map(len, sections)) + SECTION.size + DIGEST_BYTES + CRC.size
     if length > FILE_MOST:
         raise InputError(f"the file would have {length} bytes, more than the {FILE_MOST} of the format")
@@ -132,6 +139,14 @@ def _describe_codes(quantised: LayerQuantization, scale: NDArray[np.float32] | N
 
 def _bytes(scale: NDArray[np.float32] | None) -> bytes:
     return b"" if scale is None else scale.astype("<f4").tobytes()
+
+
+def _libraries(libraries: tuple[Library, ...]) -> bytes:
+    listed = [{"domain": one.domain, "length": len(one.package), "target": one.target} for one in libraries]
+    text = json.dumps(listed, sort_keys=True, separators=(",", ":")).encode()
+    if len(text) > LIST_MOST or len(libraries) > LIBRARIES_MOST:
+        raise InputError(f"{len(libraries)} libraries: the format holds {LIBRARIES_MOST} of short targets")
+    return LIST.pack(len(text)) + text + b"".join(one.package for one in libraries)
 
 
 def _text(data: bytes, most: int, what: str) -> bytes:

@@ -62,8 +62,10 @@ class ModelInfo:
     Attributes:
         path: of the file. version: of the format. layers: the weights of convolutions and dense layers.
         parameters: all weights and biases, BatchNorm folded; a shared one counts once.
-        dense_bytes: four bytes each. file_bytes: every byte of the file. ratio: the first by the second.
-        other_bytes: streams of biases and other tensors. graph_bytes, index_bytes: of these two sections.
+        dense_bytes: four bytes each. file_bytes: every byte of the file.
+        ratio: the first by the second, built libraries not counted.
+        other_bytes: streams of biases and other tensors. graph_bytes, index_bytes, library_bytes: of these sections.
+        libraries: in the file, domain and target of each.
         bits_per_weight, entropy: over the layers, of what is quantised; None if nothing is.
         spatial_sparsity: over the layers' weights.
         winograd_sparsity: over the Winograd weights of the layers that have a threshold, None if none has.
@@ -79,6 +81,8 @@ class ModelInfo:
     other_bytes: int
     graph_bytes: int
     index_bytes: int
+    library_bytes: int
+    libraries: tuple[str, ...]
     bits_per_weight: float | None
     entropy: float | None
     spatial_sparsity: float
@@ -95,6 +99,9 @@ class ModelInfo:
             f"{self.file_bytes:,} bytes ({rest}); {self.parameters:,} parameters of 32 bits are {self.dense_bytes:,}: "
             f"ratio {self.ratio:.2f}"
         )
+        if self.libraries:
+            names = printable("; ".join(self.libraries))
+            yield Text(f"libraries, {self.library_bytes:,} bytes, not in the ratio: {names}")
 
     def __str__(self) -> str:
         console = Console(width=120, color_system=None)
@@ -135,10 +142,12 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
         parameters=parameters,
         dense_bytes=4 * parameters,
         file_bytes=sizes.file,
-        ratio=4 * parameters / sizes.file,
+        ratio=4 * parameters / (sizes.file - sizes.libraries),
         other_bytes=sizes.streams - sum(layer.bytes for layer in layers),
         graph_bytes=sizes.graph,
         index_bytes=sizes.index,
+        library_bytes=sizes.libraries,
+        libraries=tuple(f"{one.domain} for {one.target}" for one in contents.libraries),
         bits_per_weight=_mean(quantised, lambda layer: layer.bits_per_weight),
         entropy=_mean(quantised, lambda layer: layer.entropy or 0.0),
         spatial_sparsity=1 - sum(layer.nonzeros for layer in layers) / weights if weights else 0.0,

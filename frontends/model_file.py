@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import onnx
 from onnx import ModelProto, helper
 
 from . import batch_norm, container, container_decoder, container_encoder, onnx_graph, winograd_spec
-from .container import Contents, Record, Shared
+from .container import Contents, Library, Record, Shared
 from .errors import InputError
 from .outputs import replacing
 from .quantization import LayerQuantization
@@ -120,6 +121,18 @@ def read(path: PathLike) -> Contents:
     return container_decoder.decode(_read_bytes(Path(path)), str(path))
 
 
+def embed(library: Library, source: PathLike, destination: PathLike) -> None:
+    """Write a ``.jsm`` file with a library more, in the place of one of the same target and domain.
+
+    Raises:
+        InputError: as ``read`` and ``write``.
+    """
+    contents = read(source)
+    others = [one for one in contents.libraries if (one.target, one.domain) != (library.target, library.domain)]
+    libraries = tuple(sorted([*others, library], key=lambda one: (one.target, one.domain)))
+    write(replace(contents, libraries=libraries), destination)
+
+
 def write(contents: Contents, path: PathLike) -> None:
     """Write contents to a ``.jsm`` file, which appears only when complete and after reading it back.
 
@@ -127,8 +140,9 @@ def write(contents: Contents, path: PathLike) -> None:
         InputError: a limit of the format is exceeded, or the file cannot be written.
     """
     data = container_encoder.encode(contents)
-    again = unpack(container_decoder.decode(data, str(path)))
-    if again.SerializeToString(deterministic=True) != unpack(contents).SerializeToString(deterministic=True):
+    found = container_decoder.decode(data, str(path))
+    again = unpack(found).SerializeToString(deterministic=True)
+    if again != unpack(contents).SerializeToString(deterministic=True) or found.libraries != contents.libraries:
         raise RuntimeError("the file does not decode to what was encoded; please report this with the model")
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Mapping
 from lzma import LZMAError
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
+from . import model_file
+from .container import Library
+from .errors import InputError, printable
 from .outputs import replacing
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ def run_package(
     package: Path,
     inputs: Mapping[str, NDArray[Any]] | None = None,
     *,
+    target: str | None = None,
     fill_mode: str = "random",
     time: bool = False,
     repeat: int = 1,
@@ -33,8 +37,10 @@ def run_package(
     """Run a compiled package once, or 1 + repeat * number times to time it.
 
     Args:
-        package: what ``compile_model`` or tvmc wrote.
+        package: what ``compile_model`` or tvmc wrote: a PACKAGE.tar, or a .jsm file with a library in it, which is
+            native code like any other.
         inputs: arrays by input name; those missing are filled: random, zeros or ones.
+        target: part of the target, or the domain, of the library to take from a .jsm file with several.
         time: measure. repeat, number: as in TVM's time evaluator: `repeat` means of `number` runs each.
 
     Returns:
@@ -45,7 +51,7 @@ def run_package(
     """
     from tvm.driver.tvmc.runner import run_module
 
-    opened, expected = _open(package)
+    opened, expected = _open(package, target)
     given = dict(inputs or {})
     _check_inputs(package, expected, given)
     try:
@@ -96,26 +102,48 @@ def read_inputs(path: Path) -> dict[str, NDArray[Any]]:
         raise InputError(f"{path}: not a readable .npz file; make one with numpy.savez") from error
 
 
-def _open(path: Path) -> tuple[TVMCPackage, InputTypes]:
+def _open(path: Path, target: str | None = None) -> tuple[TVMCPackage, InputTypes]:
     """The package, and shape and data type of every input, which reads its graph and parameters once."""
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
+    if path.suffix.lower() != ".jsm":
+        return _unpacked(path, path)
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder, "package.tar")
+        package.write_bytes(_embedded(path, target).package)
+        return _unpacked(package, path)
+
+
+def _embedded(path: Path, target: str | None) -> Library:
+    """The one library of a .jsm file, or the one that is asked for."""
+    libraries = model_file.read(path).libraries
+    if not libraries:
+        raise InputError(f"{path}: has no library in it; compile it, with --embed-library or into a package")
+    fitting = [one for one in libraries if not target or target in one.target or target == one.domain]
+    if len(fitting) != 1:
+        names = "; ".join(f"{one.domain} for {one.target}" for one in libraries)
+        raise InputError(f"{path}: {len(fitting)} libraries fit; choose one by --target: {printable(names)}")
+    return fitting[0]
+
+
+def _unpacked(package: Path, path: Path) -> tuple[TVMCPackage, InputTypes]:
+    """Of a package in its own file; messages name the one it came from."""
     from tvm.driver.tvmc import TVMCException
     from tvm.driver.tvmc.model import TVMCPackage
 
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
     try:
-        _check_members(path)
-        package = TVMCPackage(str(path))
+        _check_members(package, path)
+        opened = TVMCPackage(str(package))
     except (tarfile.TarError, TVMCException, OSError, EOFError, UnicodeDecodeError, zlib.error, LZMAError) as error:
         raise InputError(f"{path}: not a package of compiled code; make one with jointsparse compile") from error
-    if package.type != "classic":
-        raise InputError(f"{path}: made for TVM's {package.type} executor; compile it for the graph executor")
-    return package, _input_types(path, package)
+    if opened.type != "classic":
+        raise InputError(f"{path}: made for TVM's {opened.type} executor; compile it for the graph executor")
+    return opened, _input_types(path, opened)
 
 
-def _check_members(path: Path) -> None:
+def _check_members(package: Path, path: Path) -> None:
     """Refuse what would land outside the folder that TVM unpacks to: TVM extracts every member as it is."""
-    with tarfile.open(path) as archive:
+    with tarfile.open(package) as archive:
         for member in archive:
             name = PurePosixPath(member.name)
             if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):

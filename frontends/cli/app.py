@@ -204,6 +204,7 @@ def compile(
     ] = 0.0,
     tuning_records: Annotated[Path | None, typer.Option("--tuning-records", help=texts.TUNING_RECORDS)] = None,
     input_shapes: Annotated[str | None, typer.Option("--input-shapes", help=texts.INPUT_SHAPES)] = None,
+    embed_library: Annotated[bool, typer.Option("--embed-library", help=texts.EMBED_LIBRARY)] = False,
     explain: Annotated[bool, typer.Option("--explain", help=texts.EXPLAIN)] = False,
     json: Json = False,
     verbose: Verbose = False,
@@ -226,6 +227,7 @@ def compile(
             cross_compiler=cross_compiler,
             tuning_records=tuning_records,
             input_shapes=shapes,
+            embed_library=embed_library,
             progress=progress,
         )
     views.show_plan(plan, output, explain=explain, json=json)
@@ -236,6 +238,7 @@ def run(
     package: Annotated[Path, typer.Argument(metavar="PACKAGE", help=texts.PACKAGE)],
     inputs: Annotated[Path | None, typer.Option("-i", "--inputs", metavar="IN.npz", help=texts.INPUTS)] = None,
     outputs: Annotated[Path | None, typer.Option("-o", "--outputs", metavar="OUT.npz", help=texts.OUTPUTS)] = None,
+    target: Annotated[str | None, typer.Option("--target", help=texts.RUN_TARGET)] = None,
     fill_mode: Annotated[FillMode, typer.Option("--fill-mode", help=texts.FILL_MODE)] = FillMode.random,
     print_time: Annotated[bool, typer.Option("--print-time", help=texts.PRINT_TIME)] = False,
     repeat: Annotated[int, typer.Option("--repeat", min=1, metavar="N", help=texts.REPEAT)] = 1,
@@ -252,6 +255,7 @@ def run(
     result = run_package(
         package,
         read_inputs(inputs) if inputs else None,
+        target=target,
         fill_mode=fill_mode.value,
         time=print_time,
         repeat=repeat,

@@ -49,7 +49,10 @@ COMPILE_WINOGRAD_SPARSITY = (
 TUNING_RECORDS = "Log of auto_scheduler or AutoTVM to apply."
 EXPLAIN = "Print for every layer the kernel chosen, its cost and the reason."
 
-PACKAGE = "A package made by jointsparse compile or tvmc compile."
+EMBED_LIBRARY = "Write MODEL.jsm with the package in it, beside the weights and what is in it already."
+
+PACKAGE = "A package made by jointsparse compile or tvmc compile, or a .jsm file with a library in it."
+RUN_TARGET = "Which library of a .jsm file with several: part of its target, or its domain."
 INPUTS = ".npz file with the inputs by name; those missing are filled."
 OUTPUTS = ".npz file to write the outputs to."
 FILL_MODE = "How to fill inputs that are not given."

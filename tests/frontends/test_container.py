@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from jointsparse.frontends import codec, container, inspection, model_file
-from jointsparse.frontends.container import Contents, Record, Shared
+from jointsparse.frontends.container import Contents, Library, Record, Shared
 from jointsparse.frontends.container_decoder import decode
 from jointsparse.frontends.container_encoder import encode
 from jointsparse.frontends.errors import InputError
@@ -462,3 +464,50 @@ def test_limits_hold_when_writing() -> None:
     graph.graph.doc_string = "x" * (container.GRAPH_MOST + 1)
     with pytest.raises(InputError, match="graph"):
         encode(Contents(graph, ()))
+
+
+# --- libraries -------------------------------------------------------------------------------------------------------
+
+LIBRARIES = (Library("llvm -mcpu=a", "auto", b"first"), Library("llvm -mcpu=b", "auto", b""))
+
+
+def test_libraries_lie_beside_the_model() -> None:
+    plain = _contents()
+    found = decode(encode(replace(plain, libraries=LIBRARIES)))
+    assert found.libraries == LIBRARIES
+    assert model_file.unpack(found) == model_file.unpack(plain)
+    assert decode(encode(plain)).libraries == ()
+
+
+def _libs(entries: Any, packages: bytes = b"firstsecond", length: int | None = None) -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<I", len(text) if length is None else length) + text + packages
+
+
+FIRST, SECOND = ({"domain": "auto", "length": n, "target": t} for n, t in ((5, "a"), (6, "b")))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\0\0",
+        _libs([FIRST, SECOND], length=2**31),
+        _libs([FIRST, SECOND], length=10_000),
+        _libs([SECOND, FIRST]),
+        _libs([FIRST, FIRST]),
+        _libs([FIRST]),
+        _libs([FIRST, SECOND, {**SECOND, "target": "c"}]),
+        _libs([FIRST, {**SECOND, "length": -6}]),
+        _libs([FIRST, {**SECOND, "length": 2**40}]),
+        _libs([FIRST, {**SECOND, "target": ""}]),
+        _libs([FIRST, {**SECOND, "more": 1}]),
+        _libs([FIRST, "second"]),
+        _libs({"first": FIRST}),
+        _libs(b"[" * 50_000),
+        _libs([{"domain": "auto", "length": 0, "target": f"{i:03}"} for i in range(257)], b""),
+    ],
+)
+def test_hostile_libraries(data: bytes, payload: bytes) -> None:
+    assert decode(put_together({**take_apart(data), b"libs": _libs([FIRST, SECOND])})).libraries
+    _refused(put_together({**take_apart(data), b"libs": payload}), "librar")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jointsparse.frontends import inspect, model_file
 from jointsparse.frontends.compiling import compile_model, read_model
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.running import read_inputs, run_package, write_outputs
@@ -47,6 +48,32 @@ def test_domains_agree(package: Path, tmp_path: Path) -> None:
         assert all(layer.sparse == (domain != "dense") for layer in plan)
         result = run_package(tmp_path / "m.tar", {"x": x}).outputs["output_0"]
         np.testing.assert_allclose(result, _outputs_of_onnxruntime(x), rtol=1e-4, atol=1e-5)
+
+
+def test_libraries_in_a_file(package: Path, tmp_path: Path) -> None:
+    """Beside the weights, for several targets; what reads the model does not see them."""
+    model, deployed = tmp_path / "model.jsm", tmp_path / "deployed.jsm"
+    model_file.save(package.with_name("model.onnx"), None, model)
+    compile_model(model, "llvm", deployed, domain="winograd", embed_library=True)
+    x = np.random.default_rng(3).normal(size=(1, 4, 12, 12)).astype(np.float32)
+    expected = _outputs_of_onnxruntime(x)
+    np.testing.assert_allclose(run_package(deployed, {"x": x}).outputs["output_0"], expected, rtol=1e-4, atol=1e-5)
+    once = deployed.read_bytes()
+    compile_model(deployed, "llvm", deployed, domain="dense", embed_library=True)
+    info = inspect(deployed)
+    assert [name.split()[0] for name in info.libraries] == ["dense", "winograd"]
+    assert info.ratio == inspect(model).ratio
+    assert info.file_bytes > len(once) > info.library_bytes / 2
+    assert model_file.read_model(deployed) == model_file.read_model(model)
+    with pytest.raises(InputError, match=r"2 libraries.*dense for llvm.*winograd for llvm"):
+        run_package(deployed)
+    for domain in ("dense", "winograd"):
+        outputs = run_package(deployed, {"x": x}, target=domain).outputs
+        np.testing.assert_allclose(outputs["output_0"], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="has no library"):
+        run_package(model)
+    with pytest.raises(InputError, match=r"only \.jsm"):
+        compile_model(model, "llvm", tmp_path / "m.tar", embed_library=True)
 
 
 @pytest.mark.parametrize("mode", ["zeros", "ones"])
