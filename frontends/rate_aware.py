@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import rate_distortion
+from .coding.floats import shortened
 from .curvature import LOSSES, LayerCurvature, curvatures, evaluating, filters_of, restored
 from .errors import InputError
 from .quantization import LayerQuantization, Quantization, layers_of, write_
@@ -29,6 +30,12 @@ _SHARE = 0.06
 """Of the price by which the steps go, what a bit costs when codes are chosen. The errors of codes chosen for their bits
 have a common direction, towards 0, and cost more than the second derivatives tell; measured on CT-SRCNN, VDSR and
 ResNet-20 shares between 0.03 and 0.1 gave the smallest files for their loss."""
+
+_MOST_CODE = 2**15
+"""Magnitude of a code, about: bounds what prices near 0 ask for."""
+
+_STEP_DIGITS = 4
+"""Binary digits of a step behind the point: in the file's index all of them stand in decimal."""
 
 _FINENESS = 8
 """Prices are found to 2^(1/8)."""
@@ -152,9 +159,7 @@ def _quantised(module: Any, weight: NDArray[np.float32], curvature: LayerCurvatu
         return LayerQuantization(np.zeros(weight.shape, np.int32), 1.0)
     largest = float(np.abs(filters).max())
     step = math.sqrt(12 * price / (float(curvature.diagonal()[present].mean()) * math.log(2)))
-    step = float(np.float32(min(max(step, largest / _MOST_CODE), largest)))
+    step = min(max(step, largest / _MOST_CODE), largest)
+    step = float(shortened(np.array([step], np.float32), _STEP_DIGITS)[0])
     codes = rate_distortion.quantise(filters, curvature, step, _SHARE * price)
     return LayerQuantization(restored(module, codes.astype(np.int32), weight.shape), step)
-
-
-_MOST_CODE = 2**15
