@@ -77,7 +77,9 @@ def quantise_and_tune(model: nn.Module, objective: JointSparsity | None, task: T
     if table.increase:
         batches = task.dataset(plan.run.epochs, 0, 1)
         chosen = [batches[index] for index in range(min(table.calibration, len(batches)))]
-        return quantize_within_(model, chosen, table.increase, task.loss_name)
+        return quantize_within_(
+            model, chosen, table.increase, task.loss_name, lambda line: print(f"quantising: {line}", flush=True)
+        )
     step = table.step or step_for_bits(model, table.bits)
     quantization = quantize_(model, step, table.dither, plan.run.seed)
     if not table.tuning_steps:

@@ -7,7 +7,7 @@ factorisation of the Gauss-Newton matrix as in Martens and Grosse, arXiv 1503.05
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import InputError
+from .losses import PROBES, Batch, evaluating
 
-__all__ = ["LOSSES", "LayerCurvature", "curvatures", "evaluating", "filters_of", "restored"]
+__all__ = ["LayerCurvature", "curvatures", "filters_of", "restored"]
 
 BLOCK = 576
 """Inputs of a filter that are looked at together, at most: 64 channels of 3x3. What lies in two blocks is taken as
@@ -33,8 +34,6 @@ _POSITIONS = 4096
 
 _LEAST = 1e-2
 """Of g, relative to the mean of its layer: calibration data may miss what a filter is there for."""
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,40 +54,14 @@ class LayerCurvature:
         return self.filters[:, None] * np.repeat(each, len(self.filters) // len(each), axis=0)
 
 
-def _mean_square(output: Tensor, draw: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, output.shape, generator=draw).to(output) * 2 - 1
-    return (2 / output.numel()) ** 0.5 * (signs * output).sum()
-
-
-def _cross_entropy(output: Tensor, draw: torch.Generator) -> Tensor:
-    logarithms = output.log_softmax(1).movedim(1, -1).reshape(-1, output.shape[1])
-    classes = torch.multinomial(logarithms.detach().exp().cpu(), 1, generator=draw).to(output.device)
-    signs = torch.randint(0, 2, classes.shape, generator=draw).to(output) * 2 - 1
-    return (signs * logarithms.gather(1, classes)).sum() / len(logarithms) ** 0.5
-
-
-_PROBES: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {
-    "mse": _mean_square,
-    "cross-entropy": _cross_entropy,
-}
-"""A random number of a batch's outputs whose gradient, squared, is on average the diagonal of the Gauss-Newton matrix:
-independent signs make the products of different outputs vanish."""
-
-LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mse": lambda output, target: F.mse_loss(output.float(), target),
-    "cross-entropy": lambda output, target: F.cross_entropy(output.float(), target),
-}
-"""Losses by name, means over a batch."""
-
-
 def curvatures(
     model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Batch], loss: str
 ) -> dict[str, LayerCurvature]:
     """Of every layer, from calibration data, in evaluation mode.
 
     Args:
-        layers: convolutions and linear layers of the model by name; weights of transposed convolutions are taken as
-            uncorrelated. batches: inputs and targets, which are not looked at. loss: a key of ``LOSSES``.
+        layers: convolutions and linear layers of the model by name, each weight once; weights of transposed
+            convolutions are taken as uncorrelated. batches: targets are not looked at. loss: a key of ``LOSSES``.
 
     Raises:
         InputError: a layer takes no part in the model's output.
@@ -98,10 +71,12 @@ def curvatures(
     squares = {name: torch.zeros_like(module.weight, dtype=torch.float64) for name, module in layers.items()}
     weights = [module.weight for module in layers.values()]
     device = weights[0].device
-    with evaluating(model), _watching(layers, moments):
+    with evaluating(model), _watching(model, layers, moments), _with_gradients(weights):
         for inputs, _ in batches:
-            probe = _PROBES[loss](model(inputs.to(device)).float(), draw)
-            found = torch.autograd.grad(probe, weights, allow_unused=True)
+            output = model(inputs.to(device)).float()
+            if not output.requires_grad:
+                raise InputError(f'layer "{next(iter(layers))}" takes no part in the output, nor does any other')
+            found = torch.autograd.grad(PROBES[loss](output, draw), weights, allow_unused=True)
             for name, gradient in zip(layers, found, strict=True):
                 if gradient is None:
                     raise InputError(f'layer "{name}" takes no part in the output; remove it, or leave it as it is')
@@ -116,17 +91,17 @@ class _Moments:
         self.module, self.draw = module, draw
         self.groups = module.groups if isinstance(module, _ConvNd) else 1
         self.inputs = _filters(module, module.weight).shape[1]  # type: ignore[arg-type]
-        count = -(-self.inputs // BLOCK)
+        count = max(1, -(-self.inputs // BLOCK))
         bounds = [self.inputs * i // count for i in range(count + 1)]
         self.blocks = [slice(begin, end) for begin, end in pairwise(bounds)]
         self.sums: Any = [[0.0] * count for _ in range(self.groups)]
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """What the layer was given."""
-        if isinstance(self.module, _ConvTransposeNd):
+    def add(self, module: nn.Module, x: Tensor) -> None:
+        """What the layer, or another of the same weight, was given."""
+        if isinstance(module, _ConvTransposeNd):
             return
-        rows = _windows(self.module, x, self.draw) if isinstance(self.module, _ConvNd) else self._vectors(x)
+        rows = _windows(module, x, self.draw) if isinstance(module, _ConvNd) else self._vectors(x)
         for group, of_group in enumerate(rows.chunk(self.groups, 1)):
             for i, block in enumerate(self.blocks):
                 part = of_group[:, block]
@@ -157,7 +132,7 @@ def _filters(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def filters_of(module: nn.Module, weight: NDArray[Any]) -> NDArray[Any]:
-    """See ``_filters``."""
+    """A layer's weight as a row for every filter; groups one behind the other."""
     return _filters(module, torch.from_numpy(weight)).numpy()
 
 
@@ -194,24 +169,34 @@ def _some(count: int, draw: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode within the context, then as before."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+def _watching(model: nn.Module, layers: Mapping[str, Any], moments: Mapping[str, _Moments]) -> Iterator[None]:
+    """Every module that computes with a layer's weight."""
 
-
-@contextmanager
-def _watching(layers: Mapping[str, Any], moments: Mapping[str, _Moments]) -> Iterator[None]:
     def watch(of_layer: _Moments) -> Any:
-        return lambda module, inputs, output: of_layer.add(inputs[0].detach())
+        return lambda module, inputs, output: of_layer.add(module, inputs[0].detach())
 
-    handles = [module.register_forward_hook(watch(moments[name])) for name, module in layers.items()]
+    of_weights = {id(layer.weight): moments[name] for name, layer in layers.items()}
+    handles = [
+        module.register_forward_hook(watch(of_weights[id(module.weight)]))
+        for module in model.modules()
+        if isinstance(module, (_ConvNd, nn.Linear)) and id(module.weight) in of_weights
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _with_gradients(weights: Sequence[Any]) -> Iterator[None]:
+    """Though the caller, or the weights, want none."""
+    wanted = [weight.requires_grad for weight in weights]
+    with torch.enable_grad():
+        for weight in weights:
+            weight.requires_grad_()
+        try:
+            yield
+        finally:
+            for weight, given in zip(weights, wanted, strict=True):
+                weight.requires_grad_(given)

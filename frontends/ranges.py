@@ -45,3 +45,13 @@ def check_quantiser(step: float | None, bits: int | None, seed: int = 0) -> None
         raise InputError(f"{bits} bits: choose 2 to 16")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed {seed}: choose 0 to 2^32 - 1")
+
+
+def check_increase(increase: float) -> None:
+    """Refuse what the loss cannot be allowed to grow by.
+
+    Raises:
+        InputError: it is not above 0, or not finite.
+    """
+    if not 0 < increase < math.inf:
+        raise InputError(f"increase of the loss {increase}: it must be greater than 0")

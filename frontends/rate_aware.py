@@ -3,13 +3,14 @@
 The step of a layer is such that in all layers a bit saved costs the same loss: for uniform errors of the quantiser,
 step^2 = 12 price / (h log 2), h the mean second derivative of the loss by the layer's weights (as in Choi, El-Khamy,
 Lee, "Towards the limit of network quantization", arXiv 1612.01543). Codes are chosen by ``rate_distortion``. The price
-is the highest one at which the loss, measured on the calibration data, stays within bounds.
+is as high as the loss, measured on the calibration data, allows.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import rate_distortion
 from .coding.floats import shortened
-from .curvature import LOSSES, LayerCurvature, curvatures, evaluating, filters_of, restored
+from .curvature import curvatures, filters_of, restored
 from .errors import InputError
+from .losses import LOSSES, Batch, evaluating
 from .quantization import LayerQuantization, Quantization, layers_of, write_
-from .short_floats import shorten_
+from .ranges import check_increase
+from .rate_distortion import Layer
+from .short_floats import DIGITS, shorten_
 
 __all__ = ["quantize_within_"]
 
@@ -30,6 +33,17 @@ _SHARE = 0.06
 """Of the price by which the steps go, what a bit costs when codes are chosen. The errors of codes chosen for their bits
 have a common direction, towards 0, and cost more than the second derivatives tell; measured on CT-SRCNN, VDSR and
 ResNet-20 shares between 0.03 and 0.1 gave the smallest files for their loss."""
+
+_DIGITS = (DIGITS, 11, 14, 23)
+"""Of biases and BatchNorm, tried in turn."""
+
+_SHORT_SHARE = 0.25
+"""Of the increase that they may take."""
+
+_COARSE = 7
+
+_LEAST = 2.0**-100
+"""Weights are as good as zero if none of a layer's is larger."""
 
 _MOST_CODE = 2**15
 """Magnitude of a code, about: bounds what prices near 0 ask for."""
@@ -43,12 +57,10 @@ _FINENESS = 8
 _FURTHEST = 40
 """Powers of two from the first guess."""
 
-Batch = tuple[Tensor, Tensor]
-
 
 def quantize_within_(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     increase: float,
     loss: str = "mse",
     progress: Callable[[str], None] = lambda line: None,
@@ -60,54 +72,85 @@ def quantize_within_(
     every layer has a step of its own.
 
     Args:
-        batches: calibration data, inputs and targets as in training; a few hundred images.
-        increase: of the mean loss of the batches, at most; in units of the loss, for "cross-entropy" nats.
-        loss: "mse" or "cross-entropy".
-        progress: told what is tried.
+        batches: calibration data, inputs and targets as in training: a few hundred images, at once, and every time the
+            same. increase: of their mean loss, at most; in units of the loss, for "cross-entropy" nats.
+        loss: "mse" or "cross-entropy". progress: told what is tried.
 
     Raises:
-        InputError: for a bad increase or loss, no batches, a model without such layers, one of them taking no part in
-            the output, or weights that are parametrised or not finite.
+        InputError: for a bad increase or loss, no batches or such that are not pairs of tensors, a model without such
+            layers, one of them taking no part in the output, weights that are parametrised or not finite, or where
+            nothing keeps the loss within bounds. The model is then as it was.
     """
     if loss not in LOSSES:
         raise InputError(f'loss "{loss}": choose {" or ".join(LOSSES)}')
-    if not 0 < increase < math.inf:
-        raise InputError(f"increase of the loss {increase}: it must be greater than 0")
-    if not batches:
+    check_increase(increase)
+    if not (layers := layers_of(model)):
+        raise InputError("the model has no convolution or linear layer to quantise")
+    search = _Search(model, layers, _checked(batches), increase, loss, progress)
+    state = copy.deepcopy(model.state_dict())
+    earlier = {name: getattr(module, "quantization", None) for name, module in layers.items()}
+    try:
+        return search.run()
+    except BaseException:
+        model.load_state_dict(state)
+        for name, module in layers.items():
+            module.quantization = earlier[name]
+        raise
+
+
+def _checked(batches: Iterable[Batch]) -> list[Batch]:
+    found = list(batches)
+    if not found:
         raise InputError("no calibration data; give some batches of inputs and targets")
-    search = _Search(model, batches, increase, loss, progress)
-    return search.run()
+    for batch in found:
+        if len(batch) != 2 or not all(isinstance(part, Tensor) and part.dim() and len(part) for part in batch):
+            raise InputError("calibration data must be pairs of tensors, inputs and targets, of one image or more")
+    return found
 
 
 class _Search:
-    """For the highest price that stays within bounds."""
+    """For a price as high as the bounds allow."""
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], increase: float, loss: str, progress: Callable[[str], None]
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Any],
+        batches: Sequence[Batch],
+        increase: float,
+        loss: str,
+        progress: Callable[[str], None],
     ) -> None:
-        self.model, self.batches, self.increase = model, batches, increase
-        self.loss, self.progress = loss, progress
-        self.layers = layers_of(model)
-        if not self.layers:
-            raise InputError("the model has no convolution or linear layer to quantise")
-        self.weights = {name: m.weight.detach().float().cpu().numpy().copy() for name, m in self.layers.items()}
+        self.model, self.layers, self.batches = model, layers, batches
+        self.increase, self.loss, self.progress = increase, loss, progress
+        self.weights = {name: m.weight.detach().float().cpu().numpy().copy() for name, m in layers.items()}
         if not all(np.isfinite(weight).all() for weight in self.weights.values()):
             raise InputError("cannot quantise weights that are not finite")
-        self.state = {name: value.clone() for name, value in model.state_dict().items()}
         self.before = self._measure()
-        progress(f"calibrating on {len(batches)} batches, loss {self.before:.6g}")
-        self.curvatures = curvatures(model, self.layers, batches, loss)
+        if not math.isfinite(self.before):
+            raise InputError(
+                f"the loss of the calibration data is {self.before}; are they, and all parameters, finite?"
+            )
 
     def run(self) -> Quantization:
-        """Quantise; the model is as it was if that fails."""
-        try:
-            shorten_(self.model)
-            return self._run()
-        except BaseException:
-            self.model.load_state_dict(self.state)
-            raise
+        """Quantise."""
+        self.progress(f"calibrating on {len(self.batches)} batches, loss {self.before:.6g}")
+        found = curvatures(self.model, self.layers, self.batches, self.loss)
+        self.layouts = {name: Layer(filters_of(self.layers[name], w), found[name]) for name, w in self.weights.items()}
+        self._shorten()
+        return self._search()
 
-    def _run(self) -> Quantization:
+    def _shorten(self) -> None:
+        """Biases and BatchNorm to as few digits as cost a small part of the increase."""
+        state = copy.deepcopy(self.model.state_dict())
+        for digits in _DIGITS:
+            self.model.load_state_dict(state)
+            shorten_(self.model, digits)
+            if self._measure() - self.before <= _SHORT_SHARE * self.increase:
+                break
+
+    def _search(self) -> Quantization:
+        """By doubling or halving the price, at ever longer strides, until one is within bounds and one is not; then by
+        bisection. The loss may fall again at a higher price, which is not looked for."""
         nonzeros = sum(int(np.count_nonzero(weight)) for weight in self.weights.values())
         # What rounding alone would make of the price, if it were that.
         first = 2 * math.log(2) * self.increase / max(nonzeros, 1)
@@ -126,7 +169,7 @@ class _Search:
             else:
                 at = (low + high) // 2
         if best is None:
-            raise InputError(f"no quantisation keeps the loss within {self.increase:g}; give more, or other data")
+            raise InputError(f"no quantisation keeps the loss within {self.increase:g}; allow more, or give other data")
         write_(self.model, best)
         return best
 
@@ -137,29 +180,33 @@ class _Search:
         return grown <= self.increase
 
     def _measure(self) -> float:
+        """The mean over all images."""
         device = next(iter(self.layers.values())).weight.device
+        total = 0.0
         with evaluating(self.model), torch.inference_mode():
-            losses = [LOSSES[self.loss](self.model(x.to(device)), y.to(device)) for x, y in self.batches]
-            return float(torch.stack(losses).double().mean())
+            for inputs, targets in self.batches:
+                mean = LOSSES[self.loss](self.model(inputs.to(device)), targets.to(device))
+                total += float(mean) * len(inputs)
+        return total / sum(len(inputs) for inputs, _ in self.batches)
 
     def _quantised(self, price: float) -> Quantization:
         return Quantization(
             None,
             {
-                name: _quantised(self.layers[name], weight, self.curvatures[name], price)
+                name: _quantised(self.layers[name], weight, self.layouts[name], price)
                 for name, weight in self.weights.items()
             },
         )
 
 
-def _quantised(module: Any, weight: NDArray[np.float32], curvature: LayerCurvature, price: float) -> LayerQuantization:
-    filters = filters_of(module, weight).astype(np.float64)
-    present = filters != 0
-    if not present.any():
+def _quantised(module: Any, weight: NDArray[np.float32], layer: Layer, price: float) -> LayerQuantization:
+    largest = float(np.abs(weight).max(initial=0))
+    if largest < _LEAST:
         return LayerQuantization(np.zeros(weight.shape, np.int32), 1.0)
-    largest = float(np.abs(filters).max())
-    step = math.sqrt(12 * price / (float(curvature.diagonal()[present].mean()) * math.log(2)))
+    # Where all inputs of a layer are 0 in the calibration data, these say nothing: it is rounded coarsely.
+    slope = layer.slope()
+    step = math.sqrt(12 * price / (slope * math.log(2))) if slope > 0 else largest / _COARSE
     step = min(max(step, largest / _MOST_CODE), largest)
     step = float(shortened(np.array([step], np.float32), _STEP_DIGITS)[0])
-    codes = rate_distortion.quantise(filters, curvature, step, _SHARE * price)
+    codes = layer.quantise(step, _SHARE * price if slope > 0 else 0.0)
     return LayerQuantization(restored(module, codes.astype(np.int32), weight.shape), step)

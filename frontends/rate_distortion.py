@@ -19,8 +19,14 @@ from .curvature import LayerCurvature
 _DAMPING = 1e-2
 """Added to second moments, relative to their mean."""
 
+_NOTHING = 1e-100
+"""Moments of inputs that were 0 throughout."""
+
 _ELEMENTS = 1 << 22
 """Of matrices at a time."""
+
+_KEPT = 1 << 24
+"""Elements of matrices that are kept for the next time, of a layer."""
 
 _PASSES = 2
 """The first goes by what rounding would cost, the next by what the codes before it cost."""
@@ -58,38 +64,75 @@ def _log_odds(share: NDArray[np.float64] | np.floating, count: int) -> NDArray[n
     return np.log2((ones + 0.5) / (count - ones + 0.5))
 
 
-def quantise(weight: NDArray[np.float64], curvature: LayerCurvature, step: float, price: float) -> NDArray[np.int64]:
-    """Codes of a weight.
+class Layer:
+    """A layer's weight to be quantised, several times perhaps.
 
     Args:
-        weight: (K, n). step: of the quantiser. price: of a bit, in units of the loss.
-
-    Returns:
-        (K, n), 0 where the weight is 0.
+        weight: (K, n).
     """
-    codes = np.rint(weight / step).astype(np.int64)
-    for _ in range(_PASSES):
-        codes = _pass(weight, curvature, step, price, Prices.of(codes))
-    return codes
 
+    def __init__(self, weight: NDArray[np.floating], curvature: LayerCurvature) -> None:
+        self.weight, self.curvature = weight.astype(np.float64), curvature
+        self._factors: dict[tuple[int, int], NDArray[np.float64]] = {}
+        self._kept = 0
 
-def _pass(
-    weight: NDArray[np.float64], curvature: LayerCurvature, step: float, price: float, prices: Prices
-) -> NDArray[np.int64]:
-    codes = np.zeros(weight.shape, np.int64)
-    share = len(weight) // len(curvature.moments)
-    for group, of_group in enumerate(curvature.moments):
-        for block, moments in zip(curvature.blocks, of_group, strict=True):
-            for rows in _chunks(weight[group * share : (group + 1) * share, block] != 0, group * share):
-                codes[rows, block] = _filters(
-                    weight[rows, block],
-                    moments,
-                    curvature.filters[rows],
-                    step,
-                    price,
-                    Prices(prices.nonzero[rows, block], prices.magnitude),
-                )
-    return codes
+    def slope(self) -> float:
+        """The mean second derivative of the loss by the weights that are not zero; 0 without any."""
+        present = self.weight != 0
+        return float(self.curvature.diagonal()[present].mean()) if present.any() else 0.0
+
+    def quantise(self, step: float, price: float) -> NDArray[np.int64]:
+        """Codes.
+
+        Args:
+            step: of the quantiser. price: of a bit, in units of the loss.
+
+        Returns:
+            (K, n), 0 where the weight is 0.
+        """
+        codes = np.rint(self.weight / step).astype(np.int64)
+        for _ in range(_PASSES):
+            codes = self.pass_over(step, price, Prices.of(codes))
+        return codes
+
+    def pass_over(self, step: float, price: float, prices: Prices) -> NDArray[np.int64]:
+        """Codes at given prices."""
+        codes = np.zeros(self.weight.shape, np.int64)
+        share = len(self.weight) // len(self.curvature.moments)
+        for group, of_group in enumerate(self.curvature.moments):
+            for block, moments in zip(self.curvature.blocks, of_group, strict=True):
+                own = slice(group * share, (group + 1) * share)
+                for rows in _chunks(self.weight[own, block] != 0, own.start):
+                    weight = self.weight[rows, block]
+                    places = _places(weight != 0, moments)
+                    codes[rows, block] = _codes(
+                        weight,
+                        places,
+                        self._factors_of(rows, block, weight, places, moments),
+                        self.curvature.filters[rows],
+                        step,
+                        price,
+                        Prices(prices.nonzero[rows, block], prices.magnitude),
+                    )
+        return codes
+
+    def _factors_of(
+        self,
+        rows: slice,
+        block: slice,
+        weight: NDArray[np.float64],
+        places: NDArray[np.intp],
+        moments: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Kept, while they are not too large: they are most of the work."""
+        key = rows.start, block.start
+        if key in self._factors:
+            return self._factors[key]
+        factors = _factors(moments, places, np.take_along_axis(weight, places, 1) != 0)
+        if self._kept + factors.size <= _KEPT:
+            self._factors[key] = factors
+            self._kept += factors.size
+        return factors
 
 
 def _chunks(present: NDArray[np.bool_], first: int) -> Iterator[slice]:
@@ -101,30 +144,31 @@ def _chunks(present: NDArray[np.bool_], first: int) -> Iterator[slice]:
         yield slice(first + begin, first + min(begin + rows, len(present)))
 
 
-def _filters(
+def _places(present: NDArray[np.bool_], moments: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Of each filter the places not zero, those of the largest inputs first, which the others can make up for; and then
+    as many others as make the filters equally long."""
+    order = np.argsort(-np.diag(moments), kind="stable")
+    places = order[np.argsort(~present[:, order], axis=1, kind="stable")]
+    return places[:, : max(1, int(present.sum(axis=1).max()))]
+
+
+def _codes(
     weight: NDArray[np.float64],
-    moments: NDArray[np.float64],
+    places: NDArray[np.intp],
+    factors: NDArray[np.float64],
     filters: NDArray[np.float64],
     step: float,
     price: float,
     prices: Prices,
 ) -> NDArray[np.int64]:
-    """Codes of some filters, (K, n)."""
-    present = weight != 0
-    # Inputs that matter most come first: the others can make up for them.
-    order = np.argsort(-np.diag(moments), kind="stable")
-    # Of each filter the places not zero, in that order, and then as many others as make the filters equally long.
-    places = order[np.argsort(~present[:, order], axis=1, kind="stable")]
-    places = places[:, : max(1, int(present.sum(axis=1).max()))]
+    """Of some filters, (K, n)."""
     left = np.take_along_axis(weight, places, 1)
     valid = left != 0
     nonzero = np.take_along_axis(prices.nonzero, places, 1)
-    factors = _factors(moments, places, valid)
     found = np.zeros(places.shape, np.int64)
     for j in range(places.shape[1]):
         pivot = factors[:, j, j]
-        curvature = filters / pivot**2
-        codes = _cheapest(left[:, j], curvature, step, price, nonzero[:, j], prices.magnitude)
+        codes = _cheapest(left[:, j], filters / pivot**2, step, price, nonzero[:, j], prices.magnitude)
         found[:, j] = np.where(valid[:, j], codes, 0)
         error = np.where(valid[:, j], (left[:, j] - step * found[:, j]) / pivot, 0.0)
         left[:, j + 1 :] -= error[:, None] * factors[:, j + 1 :, j] * valid[:, j + 1 :]
@@ -138,7 +182,9 @@ def _factors(moments: NDArray[np.float64], places: NDArray[np.intp], valid: NDAr
     if (places == places[:1]).all() and (valid == valid[:1]).all():
         places, valid = places[:1], valid[:1]
     matrices = moments[places[:, :, None], places[:, None, :]] * (valid[:, :, None] & valid[:, None, :])
-    mean = max(float(np.mean(np.diag(moments))), np.finfo(np.float64).tiny)
+    mean = float(np.mean(np.diag(moments)))
+    if mean < _NOTHING:
+        mean = 1.0
     diagonal = np.arange(places.shape[1])
     matrices[:, diagonal, diagonal] += np.where(valid, _DAMPING * mean, mean)
     return np.linalg.cholesky(np.linalg.inv(matrices))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .ranges import check_quantiser
+from .ranges import check_increase, check_quantiser
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -183,8 +183,12 @@ def _quantisation(table: Mapping[str, Any], path: Path) -> QuantisationTable:
     given = table["quantisation"]
     try:
         check_quantiser(given.get("step"), given.get("bits"))
+        if read.increase:
+            check_increase(read.increase)
     except InputError as error:
         raise InputError(f"{path}: [quantisation]: {error}") from None
+    if "calibration" in given and not read.increase:
+        raise InputError(f"{path}: quantisation.calibration goes with quantisation.increase; give both or neither")
     if read.increase and (alone := sorted({"bits", "step", "dither", "tuning_steps", "rate"} & given.keys())):
         raise InputError(f"{path}: quantisation.{alone[0]} is for one step for all layers; leave it or increase out")
     return read

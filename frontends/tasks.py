@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data as datasets
-from .curvature import LOSSES
+from .losses import LOSSES, evaluating
 from .recipe import Recipe
 
 __all__ = ["TASKS", "Metrics", "Task", "evaluate"]
@@ -133,9 +133,5 @@ def _device(model: nn.Module) -> torch.device:
 @torch.inference_mode()
 def evaluate(task: Task, model: nn.Module) -> Metrics:
     """The task's figures on its test data, in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return task.evaluate(model)
-    finally:
-        model.train(training)

@@ -110,8 +110,9 @@ def _exponents(bits: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def shortened(values: NDArray[np.float32], digits: int) -> NDArray[np.float32]:
-    """Numbers rounded to so many binary digits behind the point, the one before it not counted; ties away from 0."""
+    """Numbers rounded to so many binary digits behind the point, the one before it not counted; ties away from 0. Those
+    below 2^-126 have fewer digits to begin with."""
     half = 1 << _FRACTION - digits >> 1
     bits = _bits(values) + half & ~((1 << _FRACTION - digits) - 1)
-    rounded = bits.astype(np.uint32).view(np.float32)
-    return np.where(np.isfinite(rounded), rounded, values)
+    rounded = (bits & 0xFFFFFFFF).astype(np.uint32).view(np.float32).reshape(np.shape(values))
+    return np.where(np.isfinite(values) & np.isfinite(rounded), rounded, values)

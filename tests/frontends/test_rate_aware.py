@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from jointsparse.frontends import rate_distortion
+from jointsparse.frontends import rate_distortion, save
 from jointsparse.frontends.coding import tensors
-from jointsparse.frontends.curvature import LOSSES, LayerCurvature, curvatures
+from jointsparse.frontends.curvature import LayerCurvature, curvatures
 from jointsparse.frontends.errors import InputError
+from jointsparse.frontends.losses import LOSSES
 from jointsparse.frontends.quantization import CodebookTuner, layers_of, quantize_
 from jointsparse.frontends.rate_aware import quantize_within_
 
@@ -41,7 +44,7 @@ def test_curvature_of_one_layer_is_exact(kind: str) -> None:
     make, shape = LAYERS[kind]
     torch.manual_seed(0)
     layer = make()
-    batches = [(x, layer(x).detach()) for x, _ in _batches(3, shape, (1,))]
+    batches = [(x, layer(x).detach()) for x, _ in _batches(60, shape, (1,))]
     found = curvatures(layer, {"": layer}, batches, "mse")[""]
     error = 1e-2 * torch.randn_like(layer.weight)
     with torch.no_grad():
@@ -53,8 +56,8 @@ def test_curvature_of_one_layer_is_exact(kind: str) -> None:
     for index, row in enumerate(rows):
         for block, moments in zip(found.blocks, found.moments[index // share], strict=True):
             predicted += 0.5 * found.filters[index] * row[block] @ moments @ row[block]
-    # The weights of filters are estimates from three probes.
-    assert predicted == pytest.approx(grown, rel=0.6)
+    # The weights of filters are estimates from many probes.
+    assert predicted == pytest.approx(grown, rel=0.2)
 
 
 def test_curvature_of_cross_entropy() -> None:
@@ -97,12 +100,12 @@ def _growth(weight: np.ndarray, codes: np.ndarray, step: float, curvature: Layer
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 1), (3, 5), (8, 12), (6, 30)]), st.sampled_from([1, 2, 3]))
 @settings(deadline=None, max_examples=40)
-def test_zeros_stay_and_feedback_beats_rounding(seed: int, shape: tuple[int, int], groups: int) -> None:
+def test_zeros_stay_and_feedback_is_hardly_worse_than_rounding(seed: int, shape: tuple[int, int], groups: int) -> None:
     draw = np.random.default_rng(seed)
     filters, inputs = shape[0] * groups, shape[1]
     weight = draw.normal(size=(filters, inputs)) * (draw.random((filters, inputs)) < draw.choice([0.0, 0.3, 1.0]))
     curvature = _curvature(draw, filters, inputs, groups)
-    codes = rate_distortion.quantise(weight, curvature, 0.3, 0.0)
+    codes = rate_distortion.Layer(weight, curvature).quantise(0.3, 0.0)
     assert not codes[weight == 0].any()
     rounded = np.rint(weight / 0.3).astype(np.int64)
     # Greedy: one filter may be worse off, not all of them by much.
@@ -116,9 +119,9 @@ def test_codes_of_independent_inputs_are_the_cheapest() -> None:
     weight = draw.normal(size=(4, 25))
     curvature = LayerCurvature(draw.uniform(0.5, 2, 4), [slice(0, 25)], [[np.eye(25)]])
     step, price = 0.4, 0.01
-    first = rate_distortion.quantise(weight, curvature, step, 0.0)
+    first = rate_distortion.Layer(weight, curvature).quantise(step, 0.0)
     prices = rate_distortion.Prices.of(first)
-    codes = rate_distortion._pass(weight, curvature, step, price, prices)
+    codes = rate_distortion.Layer(weight, curvature).pass_over(step, price, prices)
     candidates = np.arange(-9, 10)
     bits = prices.magnitude[np.minimum(np.abs(candidates), len(prices.magnitude) - 1)]
     cost = price * (bits + (candidates != 0) * prices.nonzero[..., None])
@@ -133,7 +136,7 @@ def test_dear_bits_make_small_files() -> None:
     curvature = _curvature(draw, 32, 72)
     sizes, growths = [], []
     for price in (0.0, 0.01, 0.1, 1.0):
-        codes = rate_distortion.quantise(weight, curvature, 0.2, price)
+        codes = rate_distortion.Layer(weight, curvature).quantise(0.2, price)
         sizes.append(len(tensors.encode(codes.astype(np.int32))))
         growths.append(_growth(weight, codes, 0.2, curvature))
     assert all(a > b for a, b in itertools.pairwise(sizes))
@@ -239,9 +242,104 @@ def test_what_is_refused_leaves_the_weights() -> None:
         CodebookTuner(model, quantize_within_(model, batches, 0.1))
 
 
-def test_layers_of_zeros_stay_zeros() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_of_zeros_stay_zeros(bias: bool) -> None:
+    """Without a bias the next layer sees nothing, and nothing is known of its weights."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=bias), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():
         model[0].weight.zero_()
     quantization = quantize_within_(model, _batches(2, (16, 4), (16, 2)), 0.01)
     assert not quantization.layers["0"].codes.any()
+    assert bias or quantization.layers["2"].codes.any(), "what calibration data do not show is kept, coarsely"
+
+
+def test_weights_next_to_nothing() -> None:
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight *= 1e-42
+    assert not quantize_within_(model, _batches(1, (16, 4), (16, 2)), 0.01).layers[""].codes.any()
+
+
+def test_frozen_models_of_several_modes() -> None:
+    model = _network().requires_grad_(False)
+    batches = [(x, model.eval()(x)) for x, _ in _batches(2, (16, 3, 2, 2), (1,))]
+    model.train()
+    model[1].eval()
+    with torch.no_grad():
+        quantize_within_(model, batches, 1e-3)
+    assert [module.training for module in model] == [index != 1 for index in range(len(model))]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_weight_of_two_layers_is_looked_at_in_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(0 * x) + self.b(x)
+
+    model = Twice()
+    found = curvatures(model, layers_of(model), _batches(4, (16, 3), (16, 3)), "mse")["a"]
+    assert (found.diagonal() > 0.1).all()
+    assert quantize_within_(model, _batches(4, (16, 3), (16, 3)), 1e-2).layers["a"].codes.any()
+
+
+def test_batch_norm_is_rounded_no_further_than_the_loss_allows() -> None:
+    """Far from 0 a rounded scale moves much; parameters of two layers stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)).eval()
+    model[3].weight, model[3].bias = model[2].weight, model[2].bias
+    with torch.no_grad():
+        model[0].bias.fill_(100.0)
+        model[1].running_mean.copy_(model[0].bias)
+        model[2].running_var.fill_(4.0)
+        model[3].running_var.fill_(9.0)
+    batches = [(x, model(x).detach()) for x, _ in _batches(2, (4, 2, 5, 5), (1,))]
+    quantize_within_(model, batches, 1e-6)
+    assert np.mean([float(LOSSES["mse"](model(x), y).detach()) for x, y in batches]) <= 1e-6
+    assert model[3].running_var[0] == 9
+
+
+def test_after_a_failure_all_is_as_before(tmp_path: Path) -> None:
+    class Extra(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            assert state == {"calls": 3}
+
+    model = nn.Sequential(_network(), Extra()).eval()
+    quantize_(model, 0.01)
+    codes = model[0][0].quantization
+    before = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
+
+    def stop(line: str) -> None:
+        if "bits a weight" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_within_(model, _batches(2, (4, 3, 2, 2), (4, 5)), 0.1, progress=stop)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
+    assert model[0][0].quantization is codes
+    save(model, torch.zeros(1, 3, 2, 2), tmp_path / "m.jsm")
+
+
+@pytest.mark.parametrize("batches", [[torch.zeros(4, 4)], [((torch.zeros(4, 4),), torch.zeros(4, 2))], [(1.0, 2.0)]])
+def test_what_is_no_batch_is_refused(batches: list[Any]) -> None:
+    with pytest.raises(InputError, match="pairs of tensors"):
+        quantize_within_(nn.Linear(4, 2), batches, 0.1)
+
+
+def test_data_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(InputError, match="loss of the calibration data is nan"):
+        quantize_within_(nn.Linear(4, 2), [(torch.full((4, 4), torch.nan), torch.zeros(4, 2))], 0.1)
+
+
+def test_batches_may_come_one_after_the_other() -> None:
+    quantize_within_(nn.Linear(4, 2), iter(_batches(3, (16, 4), (16, 2))), 0.01)
