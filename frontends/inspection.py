@@ -116,8 +116,12 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
     Raises:
         InputError: the file is damaged, foreign, too new or too large.
     """
-    contents = model_file.read(path)
-    onnx_graph.check(_declared(contents), str(path))
+    return inspect_contents(model_file.read(path), str(path))
+
+
+def inspect_contents(contents: Contents, path: str) -> ModelInfo:
+    """Of contents read from a path."""
+    onnx_graph.check(_declared(contents), path)
     sizes = contents.sizes
     assert sizes is not None  # decoded contents have them
     bases = {record.name: record.base for record in contents.records if not isinstance(record.base, Shared)}
@@ -136,7 +140,7 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
     weights = sum(layer.weights for layer in layers)
     quantised = [layer for layer in layers if layer.entropy is not None]
     return ModelInfo(
-        path=str(path),
+        path=path,
         version=container.VERSION,
         layers=tuple(layers),
         parameters=parameters,
@@ -244,7 +248,9 @@ def _table(info: ModelInfo) -> Table:
     table.add_column("zeros", f"{info.spatial_sparsity:.1%}", justify="right")
     table.add_column("Winograd", _percent(info.winograd_sparsity), justify="right")
     table.add_column("bits/weight", f"{8 * size / weights:.2f}" if weights else "", justify="right")
-    table.add_column("entropy", _bits(info.entropy), justify="right")
+    # Beside the bits of all layers only if it is of all layers too.
+    is_whole = all(layer.entropy is not None for layer in layers)
+    table.add_column("entropy", _bits(info.entropy if is_whole else None), justify="right")
     table.add_column("bytes", f"{size:,}", justify="right")
     for layer in layers:
         winograd = _percent(layer.winograd_sparsity) + (f" F({layer.tile})" if layer.tile else "")

@@ -25,8 +25,8 @@ PathLike = str | os.PathLike[str]
 
 DEFAULT_BITS = 8
 
-_DIGITS = 10
-"""Of scales and biases beside quantised weights: those of a float16."""
+_MORE_DIGITS = 4
+"""That scales and biases have beside quantised weights, so that rounding them adds nothing to speak of."""
 
 
 def compress(
@@ -46,7 +46,7 @@ def compress(
     input_shape: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Compress a model into a ``.jsm`` file. With quantised weights, biases and the scales of BatchNorm are rounded to
-    the 11 binary digits of a float16, whatever their exponents.
+    four binary digits more than the weights have.
 
     Args:
         source: ``.onnx`` (or a ModelProto), or weights alone, which need ``network`` and torch: ``.safetensors``, or
@@ -87,7 +87,7 @@ def compress(
     tensors = onnx_graph.initializers(model)
     for key, value in weights.items():
         tensors[key].CopyFrom(numpy_helper.from_array(value, key))
-    model_file.write(model_file.pack(model, quantised, name, _DIGITS if quantised else None), destination)
+    model_file.write(model_file.pack(model, quantised, name, _digits(quantised)), destination)
 
 
 def prune(weights: dict[str, NDArray[np.float32]], sparsity: float) -> None:
@@ -180,6 +180,14 @@ def _quantise(
         own = largest / largest_code(bits or DEFAULT_BITS) if step is None else step
         found[key] = quantize_array(value, own, None if seed is None else layer_seed(seed, index))
     return found
+
+
+def _digits(quantised: Mapping[str, LayerQuantization]) -> int | None:
+    """Of biases and scales, behind the point."""
+    if not quantised:
+        return None
+    largest = max(int(np.abs(layer.codes).max(initial=0)) for layer in quantised.values())
+    return min(largest.bit_length() + _MORE_DIGITS, 23)
 
 
 def _winograd(

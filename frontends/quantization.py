@@ -36,15 +36,29 @@ __all__ = [
 ]
 
 
+_PIECE = 1 << 18
+"""Weights to dequantise at a time; a multiple of the four words of a block of Philox."""
+
+
 def dither(seed: int, count: int, step: float) -> NDArray[np.float32]:
     """``count`` numbers uniform in [-step/2, step/2): the same bits on every platform.
 
     24 bits of numpy's Philox counter generator (whose raw stream is fixed) make a fraction that float32 holds exactly;
     the product with ``step`` is rounded once.
     """
-    bits = np.random.Philox(key=seed).random_raw(count) >> np.uint64(40)
-    fraction = bits.astype(np.float32) * np.float32(2.0**-24) - np.float32(0.5)
-    return fraction * np.float32(step)
+    return _Dither(seed, step).next(count)
+
+
+class _Dither:
+    """``dither``, some at a time."""
+
+    def __init__(self, seed: int, step: float) -> None:
+        self._generator, self._step = np.random.Philox(key=seed), np.float32(step)
+
+    def next(self, count: int) -> NDArray[np.float32]:
+        bits = self._generator.random_raw(count) >> np.uint64(40)
+        fraction = bits.astype(np.float32) * np.float32(2.0**-24) - np.float32(0.5)
+        return fraction * self._step
 
 
 @dataclass(frozen=True)
@@ -64,17 +78,20 @@ class LayerQuantization:
     codebook: NDArray[np.float32] | None = None
 
     def dequantize(self) -> NDArray[np.float32]:
-        """The weights, bit for bit the same everywhere."""
-        if self.codebook is None:
-            values = self.codes.astype(np.float32)
-            values *= np.float32(self.step)
-        else:
-            _, members = np.unique(self.codes, return_inverse=True)
-            values = np.asarray(self.codebook[members.reshape(self.codes.shape)])
-        if self.dither_seed is not None:
-            values -= dither(self.dither_seed, self.codes.size, self.step).reshape(self.codes.shape)
-        values[self.codes == 0] = 0
-        return values
+        """The weights, bit for bit the same everywhere; in pieces, so that little more than they is held."""
+        codes, values = self.codes.reshape(-1), np.empty(self.codes.size, np.float32)
+        distinct = None if self.codebook is None else np.unique(codes)
+        noise = None if self.dither_seed is None else _Dither(self.dither_seed, self.step)
+        for begin in range(0, len(codes), _PIECE):
+            part, of_part = values[begin : begin + _PIECE], codes[begin : begin + _PIECE]
+            if distinct is None or self.codebook is None:
+                np.multiply(of_part.astype(np.float32), np.float32(self.step), out=part)
+            else:
+                part[:] = self.codebook[np.searchsorted(distinct, of_part)]
+            if noise is not None:
+                part -= noise.next(len(part))
+            part[of_part == 0] = 0
+        return values.reshape(self.codes.shape)
 
 
 @dataclass(frozen=True)

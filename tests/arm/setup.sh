@@ -21,7 +21,7 @@ wanted="$version-minimal lib$version-minimal lib$version-stdlib libc6 libgcc-s1 
     libexpat1 libssl3 libssl3t64 libffi8 libuuid1 libsqlite3-0"
 for package in $wanted; do
     if apt-cache show "$package:arm64" >/dev/null 2>&1; then
-        (cd "$folder/debs" && apt-get download --quiet=2 "$package:arm64" 2>/dev/null)
+        (cd "$folder/debs" && apt-get download --quiet=2 "$package:arm64")
     fi
 done
 for package in "$folder"/debs/*.deb; do dpkg --extract "$package" "$folder/root"; done

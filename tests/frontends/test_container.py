@@ -511,3 +511,14 @@ FIRST, SECOND = ({"domain": "auto", "length": n, "target": t} for n, t in ((5, "
 def test_hostile_libraries(data: bytes, payload: bytes) -> None:
     assert decode(put_together({**take_apart(data), b"libs": _libs([FIRST, SECOND])})).libraries
     _refused(put_together({**take_apart(data), b"libs": payload}), "librar")
+
+
+def test_a_scale_of_too_many_numbers_stays_as_it_is() -> None:
+    """Coder 4 holds 65,536 of them; beyond, coder 2 has the tail of the scale behind its stream."""
+    scale = np.linspace(1, 2, 65_537, dtype=np.float32)
+    codes = np.tile(np.array([[1], [0], [-2]], np.int32), (21_846, 1))[:65_537]
+    record = Record("w", codes.shape, LayerQuantization(codes, 0.5), scale, 0)
+    contents = replace(_contents(), records=(record,), winograd={})
+    found = decode(encode(contents)).records[0]
+    np.testing.assert_array_equal(found.base.codes, codes)
+    np.testing.assert_array_equal(found.scale, scale)

@@ -19,8 +19,8 @@ def seeds() -> list[bytes]:
 
 def test_changed_files_are_read_or_refused(seeds: list[bytes]) -> None:
     found = fuzz.fuzz(seeds, random.Random(0), lambda count: count == 400)
-    assert found["read"] > 40, "changes that leave nothing to read reach little"
-    assert found["refused"] > 40
+    assert found["read"] > 10, "changes that leave nothing to read reach little"
+    assert found["refused"] > 100
 
 
 @pytest.mark.slow

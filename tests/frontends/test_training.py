@@ -164,9 +164,14 @@ def test_a_run_quantised_within_an_increase_of_the_loss(tmp_path: Path, data: Pa
 
 
 def test_a_step_for_all_and_an_increase_of_the_loss_contradict_each_other(tmp_path: Path, data: Path) -> None:
-    table = "[quantisation]\nincrease = 1e-3\nbits = 7\n"
-    with pytest.raises(InputError, match=r"quantisation\.bits"):
-        train(write(tmp_path / "recipe.toml", CLASSIFICATION + table), data, tmp_path / "out")
+    for values, message in [
+        ("increase = 1e-3\nbits = 7", "bits is for one step"),
+        ("calibration = 3", "goes with quantisation.increase"),
+        ("increase = inf", "increase of the loss inf"),
+    ]:
+        recipe = write(tmp_path / "recipe.toml", f"{CLASSIFICATION}[quantisation]\n{values}\n")
+        with pytest.raises(InputError, match=message):
+            train(recipe, data, tmp_path / "out")
 
 
 def test_a_dense_classifier_is_quantised_with_dither(tmp_path: Path, data: Path) -> None:
