@@ -65,9 +65,11 @@ def measure_quantised(
     }
 
 
-def quantise_and_tune(model: nn.Module, objective: JointSparsity | None, task: Task, plan: Recipe) -> Quantization:
-    """Quantise the model in place, within the recipe's increase of the loss; or by one step, and then fine-tune its
-    codebook. On batches that training has not seen.
+def quantise_and_tune(
+    model: nn.Module, objective: JointSparsity | None, pruner: JointSparsity | None, task: Task, plan: Recipe
+) -> Quantization:
+    """Quantise the model in place, within the recipe's increase of the loss in either domain; or by one step, and
+    then fine-tune its codebook. On batches that training has not seen.
 
     In fine-tuning the regularisers stay on, with the coefficients that training has found: without them the Winograd
     domain would lose its sparsity. On one process.
@@ -78,7 +80,12 @@ def quantise_and_tune(model: nn.Module, objective: JointSparsity | None, task: T
         batches = task.dataset(plan.run.epochs, 0, 1)
         chosen = [batches[index] for index in range(min(table.calibration, len(batches)))]
         return quantize_within_(
-            model, chosen, table.increase, task.loss_name, lambda line: print(f"quantising: {line}", flush=True)
+            model,
+            chosen,
+            table.increase,
+            task.loss_name,
+            objective=pruner,
+            progress=lambda line: print(f"quantising: {line}", flush=True),
         )
     step = table.step or step_for_bits(model, table.bits)
     quantization = quantize_(model, step, table.dither, plan.run.seed)

@@ -238,7 +238,8 @@ def fine_tune(model: nn.Module, settings: Settings, progress: Progress) -> Joint
     objective.prune_("spatial")
     progress(f"quantising within {settings.increase:g} of the mean square error")
     batches.epoch = 1
-    quantize_within_(model, [batches[i] for i in range(min(settings.calibration, len(batches)))], settings.increase)
+    calibration = [batches[i] for i in range(min(settings.calibration, len(batches)))]
+    quantize_within_(model, calibration, settings.increase, objective=objective)
     return objective
 
 

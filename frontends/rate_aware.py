@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ from .quantization import LayerQuantization, Quantization, layers_of, write_
 from .ranges import check_increase
 from .rate_distortion import Layer
 from .short_floats import DIGITS, shorten_
+from .winograd_inference import winograd_pruned
+
+if TYPE_CHECKING:
+    from .joint_sparsity import JointSparsity
 
 __all__ = ["quantize_within_"]
 
@@ -63,6 +67,8 @@ def quantize_within_(
     batches: Iterable[Batch],
     increase: float,
     loss: str = "mse",
+    *,
+    objective: JointSparsity | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Quantization:
     """Quantise the weights of every convolution and linear layer of a torch model, in place, for the smallest file.
@@ -74,7 +80,10 @@ def quantize_within_(
     Args:
         batches: calibration data, inputs and targets as in training: a few hundred images, at once, and every time the
             same. increase: of their mean loss, at most; in units of the loss, for "cross-entropy" nats.
-        loss: "mse" or "cross-entropy". progress: told what is tried.
+        loss: "mse" or "cross-entropy".
+        objective: the model's; the loss of the network pruned in the Winograd domain, by ``winograd_spec``, may then
+            grow no further than that of the network as it is.
+        progress: told what is tried.
 
     Raises:
         InputError: for a bad increase or loss, no batches or such that are not pairs of tensors, a model without such
@@ -86,7 +95,7 @@ def quantize_within_(
     check_increase(increase)
     if not (layers := layers_of(model)):
         raise InputError("the model has no convolution or linear layer to quantise")
-    search = _Search(model, layers, _checked(batches), increase, loss, progress)
+    search = _Search(model, layers, _checked(batches), increase, loss, objective, progress)
     state = copy.deepcopy(model.state_dict())
     earlier = {name: getattr(module, "quantization", None) for name, module in layers.items()}
     try:
@@ -118,22 +127,21 @@ class _Search:
         batches: Sequence[Batch],
         increase: float,
         loss: str,
+        objective: JointSparsity | None,
         progress: Callable[[str], None],
     ) -> None:
         self.model, self.layers, self.batches = model, layers, batches
-        self.increase, self.loss, self.progress = increase, loss, progress
+        self.increase, self.loss, self.objective, self.progress = increase, loss, objective, progress
         self.weights = {name: m.weight.detach().float().cpu().numpy().copy() for name, m in layers.items()}
         if not all(np.isfinite(weight).all() for weight in self.weights.values()):
             raise InputError("cannot quantise weights that are not finite")
         self.before = self._measure()
-        if not math.isfinite(self.before):
-            raise InputError(
-                f"the loss of the calibration data is {self.before}; are they, and all parameters, finite?"
-            )
+        if not all(map(math.isfinite, self.before)):
+            raise InputError(f"the loss of the calibration data is {self.before[0]}; give finite data and parameters")
 
     def run(self) -> Quantization:
         """Quantise."""
-        self.progress(f"calibrating on {len(self.batches)} batches, loss {self.before:.6g}")
+        self.progress(f"calibrating on {len(self.batches)} batches, loss {self.before[0]:.6g}")
         found = curvatures(self.model, self.layers, self.batches, self.loss)
         self.layouts = {name: Layer(filters_of(self.layers[name], w), found[name]) for name, w in self.weights.items()}
         self._shorten()
@@ -145,7 +153,7 @@ class _Search:
         for digits in _DIGITS:
             self.model.load_state_dict(state)
             shorten_(self.model, digits)
-            if self._measure() - self.before <= _SHORT_SHARE * self.increase:
+            if self._grown() <= _SHORT_SHARE * self.increase:
                 break
 
     def _search(self) -> Quantization:
@@ -175,12 +183,24 @@ class _Search:
 
     def _is_within(self, quantization: Quantization) -> bool:
         write_(self.model, quantization)
-        grown = self._measure() - self.before
+        grown = self._grown()
         self.progress(f"{quantization.entropy:.3f} bits a weight by entropy, loss {grown:+.3g}")
         return grown <= self.increase
 
-    def _measure(self) -> float:
-        """The mean over all images."""
+    def _grown(self) -> float:
+        """By how much the loss is above what it was, in the domain where that is more."""
+        return max(after - before for after, before in zip(self._measure(), self.before, strict=True))
+
+    def _measure(self) -> list[float]:
+        """The losses of the model as it is, and as its Winograd build computes it."""
+        losses = [self._mean()]
+        if self.objective is not None and (spec := self.objective.winograd_spec()):
+            with winograd_pruned(self.model, spec):
+                losses.append(self._mean())
+        return losses
+
+    def _mean(self) -> float:
+        """Of the loss, over all images."""
         device = next(iter(self.layers.values())).weight.device
         total = 0.0
         with evaluating(self.model), torch.inference_mode():

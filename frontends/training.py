@@ -149,7 +149,7 @@ def _finish(trainee: _Trainee, pruner: JointSparsity | None, output: Path) -> di
     device = trainee.trainer.strategy.root_device
     # The tuner sums in float64, which not every accelerator has.
     trainee.to(device if device.type == "cuda" else "cpu")
-    quantization = builds.quantise_and_tune(model, trainee.objective, task, plan)
+    quantization = builds.quantise_and_tune(model, trainee.objective, pruner, task, plan)
     trainee.cpu()
     quantised = builds.measure_quantised(task, model, quantization, pruner)
     save(model, task.example(), output / _FILE, objective=pruner)

@@ -69,10 +69,10 @@ def test_tuning_moves_the_codes_values_only_and_lowers_the_loss(task: tuple[Reci
     plan, data = task
     model, _ = _pruned()
     before = {key: value.clone() for key, value in model.named_parameters()}
-    coarse = builds.quantise_and_tune(model, None, data, _tuning(plan, steps=0, rate=0.1))
+    coarse = builds.quantise_and_tune(model, None, None, data, _tuning(plan, steps=0, rate=0.1))
     loss = _loss(model, data)
     model, _ = _pruned()
-    tuned = builds.quantise_and_tune(model, None, data, _tuning(plan, steps=60, rate=0.1))
+    tuned = builds.quantise_and_tune(model, None, None, data, _tuning(plan, steps=60, rate=0.1))
     assert _loss(model, data) < 0.9 * loss
     for name, layer in tuned.layers.items():
         np.testing.assert_array_equal(layer.codes, coarse.layers[name].codes)
@@ -90,7 +90,7 @@ def test_tuning_keeps_the_objective_on(task: tuple[Recipe, Task]) -> None:
     for regularised in (True, False):
         model, objective = _pruned()
         tuning = _tuning(plan, steps=30, rate=0.02)
-        builds.quantise_and_tune(model, objective if regularised else None, data, tuning)
+        builds.quantise_and_tune(model, objective if regularised else None, None, data, tuning)
         objective.update_thresholds()
         shares.append(float(objective.regularisers()["winograd"].detach()))
     assert shares[0] < 0.9 * shares[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from jointsparse.frontends import rate_distortion, save
 from jointsparse.frontends.coding import tensors
 from jointsparse.frontends.curvature import LayerCurvature, curvatures
 from jointsparse.frontends.errors import InputError
+from jointsparse.frontends.joint_sparsity import JointSparsity
 from jointsparse.frontends.losses import LOSSES
 from jointsparse.frontends.quantization import CodebookTuner, layers_of, quantize_
 from jointsparse.frontends.rate_aware import quantize_within_
+from jointsparse.frontends.winograd_inference import winograd_pruned
 
 
 def _batches(count: int, shape: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -343,3 +346,24 @@ def test_data_that_are_not_finite_are_refused() -> None:
 
 def test_batches_may_come_one_after_the_other() -> None:
     quantize_within_(nn.Linear(4, 2), iter(_batches(3, (16, 4), (16, 2))), 0.01)
+
+
+def test_the_loss_of_the_winograd_build_stays_within_bounds() -> None:
+    """What the codes are off makes Winograd weights that pruning takes away."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    objective = JointSparsity(model, 0.5, 0.7)
+    batches = [(x, model(x).detach()) for x, _ in _batches(3, (4, 4, 12, 12), (1,))]
+
+    def loss() -> float:
+        with torch.no_grad(), winograd_pruned(model, objective.winograd_spec()):
+            return float(np.mean([float(LOSSES["mse"](model(x), y)) for x, y in batches]))
+
+    before, entropies, state = loss(), [], copy.deepcopy(model.state_dict())
+    for regularised in (objective, None):
+        model.load_state_dict(state)
+        quantization = quantize_within_(model, batches, 2e-5, objective=regularised)
+        entropies.append(quantization.entropy)
+        if regularised:
+            assert loss() - before <= 2e-5
+    assert entropies[0] >= entropies[1]
