@@ -48,13 +48,15 @@ def export(module: torch.nn.Module, example_input: Any, exporter: str = "auto") 
     """
     import torch
 
+    from .losses import evaluating
+
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(module).__name__}")
     inputs = _inputs(example_input)
     exporters = {"torchscript": _by_torchscript, "dynamo": _by_dynamo}
     chosen = list(exporters) if exporter == "auto" else [exporter]
     failures = []
-    with _evaluating(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         for name in chosen:
             try:
                 return exporters[name](module, inputs)
@@ -117,18 +119,6 @@ def _inputs(example_input: Any) -> tuple[torch.Tensor, ...]:
 
 def _input_names(inputs: Sequence[Any]) -> list[str]:
     return ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
-
-
-@contextlib.contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every submodule's own mode again after."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 @contextlib.contextmanager
