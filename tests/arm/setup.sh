@@ -32,5 +32,5 @@ $pip download --quiet --only-binary :all: --python-version "${version#python}" \
 for wheel in "$folder"/wheels/*.whl; do "$2" -m zipfile --extract "$wheel" "$folder/site"; done
 mkdir -p "$folder/site/jointsparse"
 for room in frontends passes schedules; do ln -sfn "$(pwd)/$room" "$folder/site/jointsparse/$room"; done
-ln -sfn "$(cd "$folder/root" && find usr/bin -name "$version")" "$folder/root/python"
+ln -sfn "$(cd "$folder" && find root/usr/bin -name "$version")" "$folder/python"
 touch "$folder/ready"

@@ -18,7 +18,7 @@ def run_python(*arguments: str) -> str:
     """Standard output of the emulated Python."""
     assert (ARM / "ready").exists(), "make test-arm sets up what these tests need"
     site = str(ARM / "site")
-    command = ["qemu-aarch64", "-L", str(ARM / "root"), "-E", f"PYTHONPATH={site}", str(ARM / "root" / "python")]
+    command = ["qemu-aarch64", "-L", str(ARM / "root"), "-E", f"PYTHONPATH={site}", str(ARM / "python")]
     environment = os.environ | {"PYTHONPATH": site, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
