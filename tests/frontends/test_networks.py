@@ -25,6 +25,9 @@ def count(model: nn.Module) -> int:
         ("resnet18", {}, 11_678_912),
         ("resnet18", {"pool": True}, 11_678_912),
         ("resnet18", {"stem": "cifar", "classes": 10}, 11_164_352),
+        ("vgg16", {}, 138_344_128),
+        ("alexnet", {}, 61_090_496),
+        ("googlenet", {}, 6_990_272),
     ],
 )
 def test_sizes(name: str, options: dict, weights: int) -> None:
@@ -54,6 +57,12 @@ def test_without_residual_the_input_is_not_added() -> None:
         ("resnet18", {"width": 8, "classes": 10}, 64),
         ("resnet18", {"width": 8, "classes": 10, "pool": True}, 64),
         ("resnet18", {"width": 8, "classes": 10, "stem": "cifar"}, 32),
+        ("vgg16", {"width": 8, "classes": 10, "stem": "cifar"}, 32),
+        ("vgg16", {"width": 4, "classes": 10}, 224),
+        ("alexnet", {"width": 8, "classes": 10, "stem": "cifar"}, 32),
+        ("alexnet", {"width": 4, "classes": 10}, 224),
+        ("googlenet", {"width": 8, "classes": 10, "stem": "cifar"}, 32),
+        ("googlenet", {"width": 8, "classes": 10}, 224),
     ],
 )
 def test_classifiers(name: str, options: dict, size: int) -> None:
@@ -91,6 +100,7 @@ def test_keys_of_the_published_weights() -> None:
         ("resnet18", {"classes": "ten"}, "resnet18"),
         ("vdsr", {"depth": 0}, "depth is 0"),
         ("ct-srcnn", {"residual": -1}, "residual is -1"),
+        ("googlenet", {"width": 12}, "multiple of 8"),
     ],
 )
 def test_bad_requests_are_refused(name: str, options: dict, words: str) -> None:
@@ -99,4 +109,4 @@ def test_bad_requests_are_refused(name: str, options: dict, words: str) -> None:
 
 
 def test_every_network_of_the_registry_is_built_by_its_name() -> None:
-    assert set(NETWORKS) == {"ct-srcnn", "vdsr", "resnet20", "resnet32", "resnet18"}
+    assert set(NETWORKS) == {"ct-srcnn", "vdsr", "resnet20", "resnet32", "resnet18", "vgg16", "alexnet", "googlenet"}
