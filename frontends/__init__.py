@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .approximation import approximate
     from .errors import InputError
     from .inspection import ModelInfo, inspect
     from .joint_sparsity import JointSparsity
@@ -23,6 +24,7 @@ _HOMES = {
     "InputError": "errors",
     "JointSparsity": "joint_sparsity",
     "ModelInfo": "inspection",
+    "approximate": "approximation",
     "compress": "one_shot",
     "decompress": "model_file",
     "from_onnx": "onnx_import",
@@ -40,6 +42,7 @@ __all__ = [
     "InputError",
     "JointSparsity",
     "ModelInfo",
+    "approximate",
     "compress",
     "decompress",
     "from_onnx",

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import InputError
 from .losses import PROBES, Batch, evaluating
+from .windows import windows
 
 __all__ = ["LayerCurvature", "curvatures", "filters_of", "restored"]
 
@@ -101,15 +101,11 @@ class _Moments:
         """What the layer, or another of the same weight, was given."""
         if isinstance(module, _ConvTransposeNd):
             return
-        rows = _windows(module, x, self.draw) if isinstance(module, _ConvNd) else self._vectors(x)
+        rows = windows(module, x, self.draw, _POSITIONS)
         for group, of_group in enumerate(rows.chunk(self.groups, 1)):
             for i, block in enumerate(self.blocks):
                 part = of_group[:, block]
                 self.sums[group][i] += (part.T @ part).double().cpu().numpy() / len(part)
-
-    def _vectors(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        return rows[_some(len(rows), self.draw).to(x.device)]
 
     def curvature(self, squares: Tensor) -> LayerCurvature:
         """With the second derivatives of single weights."""
@@ -142,30 +138,6 @@ def restored(module: nn.Module, filters: NDArray[Any], shape: Sequence[int]) -> 
         return filters.reshape(shape)
     groups = filters.reshape(module.groups, shape[1], shape[0] // module.groups, *shape[2:])
     return np.ascontiguousarray(groups.swapaxes(1, 2)).reshape(shape)
-
-
-def _windows(module: _ConvNd, x: Tensor, draw: torch.Generator) -> Tensor:
-    """What filters are multiplied with at some outputs: outputs x (channels x taps)."""
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x.float(), module._reversed_padding_repeated_twice, mode=mode)
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-    sizes = [
-        (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
-    ]
-    chosen = _some(len(x) * int(np.prod(sizes)), draw)
-    image, *position = map(torch.from_numpy, np.unravel_index(chosen.numpy(), (len(x), *sizes)))
-    taps = []
-    for offsets in product(*map(range, kernel)):
-        index = [p * s + o * d for p, s, o, d in zip(position, stride, offsets, dilation, strict=True)]
-        taps.append(x.movedim(1, -1)[(image, *index)])
-    return torch.stack(taps, 2).reshape(len(chosen), -1)
-
-
-def _some(count: int, draw: torch.Generator) -> Tensor:
-    """Numbers below ``count``: all, or some of them at random."""
-    if count <= _POSITIONS:
-        return torch.arange(count)
-    return torch.randint(0, count, (_POSITIONS,), generator=draw)
 
 
 @contextmanager
