@@ -41,7 +41,7 @@ class Factors:
 
 
 class Regression:
-    """On inputs of a given Gram matrix.
+    """On inputs of a given Gram matrix; in float64, since features of a network nearly depend on each other.
 
     Args:
         gram: X X^T, (G, p, p), positive definite. kept: columns that are free, (G, s). rest: all others.
@@ -49,6 +49,7 @@ class Regression:
 
     def __init__(self, gram: Tensor, kept: Tensor, rest: Tensor) -> None:
         self.kept, self.rest = kept, rest
+        gram = gram.double()
         own, between = _block(gram, kept, kept), _block(gram, kept, rest)
         self.own = torch.linalg.cholesky(own)
         self.between = between
@@ -64,8 +65,9 @@ class Regression:
             cross: Z X^T, (G, n, p).
 
         Returns:
-            (G, n), (G, n, n) and (G, n, p - s). Energies beyond the first r are what rank r loses.
+            (G, n), (G, n, n) and (G, n, p - s), float64. Energies beyond the first r are what rank r loses.
         """
+        cross = cross.double()
         beyond = _columns(cross, self.rest) - _columns(cross, self.kept) @ self.told
         solution = torch.cholesky_solve(beyond.mT, self.others).mT
         energies, directions = torch.linalg.eigh(beyond @ solution.mT)
@@ -77,6 +79,7 @@ class Regression:
         Args:
             cross: Z X^T, (G, n, p).
         """
+        wanted, cross = cross.dtype, cross.double()
         if rank and self.rest.shape[1]:
             _, directions, solution = self.spectrum(cross)
             expand = directions[..., :rank]
@@ -86,7 +89,7 @@ class Regression:
             reduce = cross.new_zeros(len(cross), 0, self.rest.shape[1])
         left = _columns(cross, self.kept) - expand @ (reduce @ self.between.mT)
         sparse = torch.cholesky_solve(left.mT, self.own).mT
-        return Factors(self.kept, self.rest, sparse, expand, reduce)
+        return Factors(self.kept, self.rest, sparse.to(wanted), expand.to(wanted), reduce.to(wanted))
 
 
 def _along(index: Tensor, rows: int) -> Tensor:
