@@ -6,6 +6,7 @@ tucker   1x1, k x k and 1x1 (Kim et al., arXiv 1511.06530), by higher-order orth
          k x k convolution.
 
 A layer is decomposed where that makes it smaller; its rank is the share, found by bisection, of what its full rank is.
+Convolutions have one group.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _HALVINGS = 30
 
 def svd(model: nn.Module, ratio: float) -> nn.Module:
     """A copy of the model with ``ratio`` times fewer weights."""
-    return _decomposed(model, ratio, _pair)
+    return _decomposed(model, ratio, _pair_cost, _pair)
 
 
 def tucker(model: nn.Module, ratio: float) -> nn.Module:
     """A copy of the model with ``ratio`` times fewer weights."""
-    return _decomposed(model, ratio, _triple)
+    return _decomposed(model, ratio, _triple_cost, _triple)
 
 
 def weights(model: nn.Module) -> int:
@@ -43,31 +44,34 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _decomposed(model: nn.Module, ratio: float, decompose: Callable[[Any, float], nn.Module | None]) -> nn.Module:
-    low, high, found = 0.0, 1.0, None
+def _decomposed(
+    model: nn.Module, ratio: float, cost: Callable[[Any, float], int], decompose: Callable[[Any, float], nn.Module]
+) -> nn.Module:
+    def whole(share: float) -> int:
+        return sum(min(module.weight.numel(), cost(module, share)) for _, module in layers(model))
+
+    low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         share = (low + high) / 2
-        made = copy.deepcopy(model)
-        for name, module in layers(model):
-            smaller = decompose(module, share)
-            if smaller is not None and weights(smaller) < module.weight.numel():
-                parent, _, own = name.rpartition(".")
-                setattr(made.get_submodule(parent), own, smaller)
-        if weights(made) <= weights(model) / ratio:
-            low, found = share, made
-        else:
-            high = share
-        if found is not None and weights(found) > 0.995 * weights(model) / ratio:
-            break
-    assert found is not None
-    return found
+        low, high = (share, high) if whole(share) <= weights(model) / ratio else (low, share)
+    made = copy.deepcopy(model)
+    for name, module in layers(model):
+        if cost(module, low) < module.weight.numel():
+            parent, _, own = name.rpartition(".")
+            setattr(made.get_submodule(parent), own, decompose(module, low))
+    return made
 
 
-def _pair(module: Any, share: float) -> nn.Module | None:
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return None
-    matrix = module.weight.detach().flatten(1)
-    rank = max(1, round(share * min(matrix.shape)))
+def _rank(module: Any, share: float) -> int:
+    return max(1, round(share * min(module.weight.flatten(1).shape)))
+
+
+def _pair_cost(module: Any, share: float) -> int:
+    return _rank(module, share) * sum(module.weight.flatten(1).shape)
+
+
+def _pair(module: Any, share: float) -> nn.Module:
+    matrix, rank = module.weight.detach().flatten(1), _rank(module, share)
     left, values, right = _svd(matrix)
     expand, reduce = left[:, :rank] * values[:rank].sqrt(), values[:rank, None].sqrt() * right[:rank]
     if isinstance(module, nn.Linear):
@@ -81,11 +85,31 @@ def _pair(module: Any, share: float) -> nn.Module | None:
     return nn.Sequential(_filled(first, reduce), _filled(last, expand, module.bias))
 
 
-def _triple(module: Any, share: float) -> nn.Module | None:
-    if not isinstance(module, nn.Conv2d) or module.kernel_size == (1, 1) or module.groups > 1:
+def _ranks(module: Any, share: float) -> tuple[int, int]:
+    """Of outputs and inputs: each no more than the other, times the taps, leaves."""
+    outputs, inputs = (max(1, round(share * size)) for size in module.weight.shape[:2])
+    taps = module.weight[0, 0].numel()
+    outputs = min(outputs, inputs * taps)
+    return outputs, min(inputs, outputs * taps)
+
+
+def _triple_cost(module: Any, share: float) -> int:
+    if _is_matrix(module):
+        return _pair_cost(module, share)
+    outputs, inputs = _ranks(module, share)
+    weight = module.weight
+    return weight.shape[1] * inputs + inputs * outputs * weight[0, 0].numel() + outputs * weight.shape[0]
+
+
+def _is_matrix(module: Any) -> bool:
+    return module.weight.dim() == 2 or module.weight[0, 0].numel() == 1
+
+
+def _triple(module: Any, share: float) -> nn.Module:
+    if _is_matrix(module):
         return _pair(module, share)
     weight = module.weight.detach()
-    outputs, inputs = (max(1, round(share * size)) for size in weight.shape[:2])
+    outputs, inputs = _ranks(module, share)
     left, right = _hooi(weight, outputs, inputs)
     core = torch.einsum("nchw,nr,cs->rshw", weight, left, right)
     return nn.Sequential(

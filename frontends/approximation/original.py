@@ -95,7 +95,9 @@ class Original:
                 raise InputError(f'layer "{name}" cannot have a structure: {reason}')
             self.shapes[name].check(structure, name)
         found = dict(given)
-        if budget.ratio > 1 and free:
+        if budget.ratio > 1:
+            if not free:
+                raise InputError("no layer is left for the budget; exclude fewer, or give ratio 1 with structures")
             found |= self._by_budget(budget, free, given)
         return {name: found[name] for name in self.layers if name in found}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,15 @@ from jointsparse.frontends.approximation.structures import Shape, shape_of
 from jointsparse.frontends.approximation.tracing import Surroundings, surroundings_of
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.networks import build
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Work this small takes many times as long on threads that others keep busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def weights(model: nn.Module) -> int:
@@ -383,6 +393,7 @@ def test_losses_of_choices_are_those_of_the_regression() -> None:
         ({"structures": {"fc": Structure(99, 0)}}, "10 units"),
         ({"structures": {"fc": Structure(0, 0)}}, "nothing would be left"),
         ({"structures": {"fc": Structure(1, 1)}, "exclude": ["fc"]}, "excluded"),
+        ({"exclude": ["first", "second", "third", "fc", "last"]}, "no layer is left"),
         ({"positions": 0}, "0 positions"),
     ],
 )
