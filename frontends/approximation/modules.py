@@ -141,8 +141,8 @@ def _held(
     index = columns[:, None, :].expand(-1, rows, -1)
     held = torch.ones_like(whole, dtype=torch.bool).scatter_(2, index, False)
     layer = _like(module, shape, shape.channels, rows, whole.scatter_(2, index, weight), bias, HeldConv2d)
-    if isinstance(layer, HeldConv2d):
-        layer.held.copy_(held.reshape(layer.held.shape))
+    assert isinstance(layer, HeldConv2d)
+    layer.held.copy_(held.reshape(layer.held.shape))
     return layer
 
 

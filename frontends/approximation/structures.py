@@ -89,10 +89,11 @@ class Shape:
 
 
 def shape_of(module: nn.Module, by_column: bool = False, positions: int = 1) -> Shape:
-    """Of an ``nn.Conv2d`` or ``nn.Linear``."""
+    """Of an ``nn.Conv2d`` or ``nn.Linear``. A channel of one tap is a column, and is treated as a channel."""
     if isinstance(module, nn.Linear):
-        return Shape(1, module.out_features, module.in_features, 1, by_column, positions)
+        return Shape(1, module.out_features, module.in_features, 1, positions=positions)
     assert isinstance(module, nn.Conv2d)
     groups, (height, width) = module.groups, module.kernel_size
     outputs, channels = module.out_channels // groups, module.in_channels // groups
-    return Shape(groups, outputs, channels, height * width, by_column, positions)
+    taps = height * width
+    return Shape(groups, outputs, channels, taps, by_column and taps > 1, positions)

@@ -163,10 +163,9 @@ def test_batch_norm_starts_training_where_evaluation_is(affine: bool) -> None:
 def test_full_structures_change_nothing(small: nn.Module, units: str) -> None:
     """All columns in one part or the other, and a rank of all outputs."""
     x = images(4, 3, 12, 12)
-    taps = 9 if units == "columns" else 1
     structures = {
         "first": Structure(0, 12),
-        "second": Structure(6 * taps, 0),
+        "second": Structure(54 if units == "columns" else 6, 0),
         "third": Structure(7, 10),
         "fc": Structure(3, 8),
     }
@@ -307,6 +306,25 @@ def test_through_joint_sparsity_quantisation_and_the_file(small: nn.Module, unit
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
     found = session.run(None, {session.get_inputs()[0].name: x[0][:1].numpy()})[0]
     np.testing.assert_allclose(found, made(x[0][:1]).detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("units", ["channels", "columns"])
+@pytest.mark.parametrize("domain", ["auto", "spatial", "winograd", "dense"])
+def test_compiled_it_computes_the_same(small: nn.Module, units: str, domain: str) -> None:
+    import tvm
+    from tvm.contrib import graph_executor
+
+    from jointsparse import passes
+    from tests.host import HOST
+
+    x = images(4, 3, 12, 12)
+    made = approximate(small, x, 2, iterations=2, units=units)
+    mod, params = frontends.from_torch(made, x[0][:1])
+    mod, params, _ = passes.sparsify(mod, params, HOST, domain=domain)
+    built = graph_executor.GraphModule(tvm.relay.build(mod, target=HOST, params=params)["default"](tvm.cpu()))
+    built.set_input(0, x[0][:1].numpy())
+    built.run()
+    np.testing.assert_allclose(built.get_output(0).numpy(), made(x[0][:1]).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
