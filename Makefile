@@ -39,7 +39,7 @@ demo: $(INSTALLED)
 test: lint types
 	$(BIN)/python -m pytest -m "not slow and not arm" -n 2 --dist worksteal
 
-# BENCH="--network resnet18 --rounds 1" measures a part of it.
+# BENCH="--network resnet18 --seconds 1" measures a part of it.
 bench: $(INSTALLED)
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.against_peers --layers --json build/bench.json $(BENCH)

@@ -1,15 +1,15 @@
 """Whole networks, sparse, against dense engines: the table of ``make bench``.
 
     python -m benchmarks.against_peers [--network NAME ...] [--sparsity S ...] [--engine NAME ...] [--threads N ...]
-        [--isa native|avx2 ...] [--seconds S] [--rounds N] [--layers] [--json FILE]
+        [--isa native|avx2 ...] [--seconds S] [--layers] [--json FILE]
 
-Networks, weights and pruning are those of ``networks.py``; dense engines run the dense weights, once for each network.
-Every engine runs in a process of its own, pinned to as many cores as it has threads, one at a time, and is compared
-with a reference in double precision before it is timed; one that is wrong, or cannot take part, is listed with the
-reason. All engines are measured in turn, in several rounds; of each engine the fastest round counts.
-Results are kept in FILE as they come: the same command again goes on where it stopped, and measures again only what is
-missing, was left out, was measured for a shorter time or in fewer rounds, or is of another version (for the sparse
-builds, of other sources).
+Networks, weights and pruning are those of ``networks.py``; dense engines run the dense weights. Every engine runs in
+a process of its own, pinned to as many cores as it has threads, and is compared with a reference in double precision
+before it is timed; one that is wrong, or cannot take part, is listed with the reason. All engines of a row, with all
+numbers of threads, are loaded and then measured turn by turn, one at a time.
+Results are kept in FILE as they come: the same command again goes on where it stopped. A row of which something is
+missing, was measured for a shorter time, or is of another version (for the sparse builds, of other sources) is
+measured again as a whole.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from benchmarks import networks
 from benchmarks.report import show
 from benchmarks.results import Results
 from benchmarks.rows import CASES, Case, case_of
-from jointsparse.frontends.engines import ENGINES, ISAS, OURS, Engine, LeftOut
-from jointsparse.frontends.engines.measuring import Setting, Workbench, check_setting
+from jointsparse.frontends.engines import ENGINES, ISAS, Engine
+from jointsparse.frontends.engines.measuring import Entry, Setting, Workbench, check_setting, compare
 from jointsparse.frontends.errors import InputError
 
 DOMAINS = {"spatial": networks.SPATIAL, "winograd": networks.WINOGRAD, "auto": networks.JOINT}
@@ -44,67 +44,69 @@ BUSY = 0.5
 
 @dataclass
 class Models:
-    """The models of one row of the table, made when first asked for, in a folder.
+    """The models of one network, made when first asked for, in a folder.
 
     Attributes:
         dense: makes the dense one.
     """
 
-    case: Case
     folder: Path
     dense: Callable[[], ModelProto]
-    _benches: dict[str, Workbench] = field(default_factory=dict)
+    _benches: dict[tuple[str, float], Workbench] = field(default_factory=dict)
 
-    def workbench(self, domain: str) -> Workbench:
-        """The model pruned in a domain of ``networks.DOMAINS``."""
-        if domain not in self._benches:
-            folder = self.folder / domain
-            folder.mkdir(parents=True)
-            onnx.save_model(networks.sparse_model(self.dense(), self.case.sparsity, domain), folder / "model.onnx")
-            self._benches[domain] = Workbench(folder / "model.onnx", folder)
-        return self._benches[domain]
+    def workbench(self, case: Case, engine: str) -> Workbench:
+        """With what an engine gets in a row."""
+        domain = DOMAINS.get(engine, networks.DENSE)
+        sparsity = case.sparsity if engine in DOMAINS else 0.0
+        if (domain, sparsity) not in self._benches:
+            folder = self.folder / f"{domain}-{sparsity}"
+            folder.mkdir()
+            onnx.save_model(networks.sparse_model(self.dense(), sparsity, domain), folder / "model.onnx")
+            self._benches[domain, sparsity] = Workbench(folder / "model.onnx", folder)
+        return self._benches[domain, sparsity]
 
 
-def run(cases: list[Case], engines: list[Engine], settings: list[Setting], results: Results, rounds: int = 1) -> None:
-    """Measure what the results lack, network by network, all of a network once in every round: a slow spell of the
-    machine does not meet one engine alone."""
+def run(cases: list[Case], engines: list[Engine], settings: list[Setting], results: Results) -> None:
+    """Measure the rows that the results lack, network by network.
+
+    Args:
+        settings: those of one instruction set are measured together.
+    """
+    isas = dict.fromkeys(setting.isa for setting in settings)
     for network, of_network in groupby(cases, key=lambda case: case.network):
         dense = cache(partial(networks.dense_model, networks.NETWORKS[network]))
         with tempfile.TemporaryDirectory() as folder:
-            models = [Models(case, Path(folder, f"{case.sparsity}"), dense) for case in of_network]
-            for number, setting, one, engine in product(range(rounds), settings, models, engines):
-                _measure(one, engine, setting, results, number)
+            models = Models(Path(folder), dense)
+            for case, isa in product(of_network, isas):
+                _measure(models, case, engines, [setting for setting in settings if setting.isa == isa], results)
 
 
-def _measure(models: Models, engine: Engine, setting: Setting, results: Results, before: int) -> None:
-    """Measure an engine once, unless it has been measured more often than ``before``."""
-    network, sparsity = models.case.network, models.case.sparsity if engine.name in OURS else 0.0
-    found = results.rounds(network, sparsity, engine.name, setting, _version(engine))
-    # What failed in the first round is not tried again in this run.
-    if found > before or (before and not found):
+def _measure(models: Models, case: Case, engines: list[Engine], settings: list[Setting], results: Results) -> None:
+    """Measure a row unless it is there, with the engines and numbers of threads that it had before as well."""
+    if not any(results.lacks(case, engine, setting) for engine, setting in product(engines, settings)):
         return
-    bench = models.workbench(DOMAINS.get(engine.name, networks.DENSE))
-    measurement = bench.measure(engine, replace(setting, layers=setting.layers and not found))
-    results.add(network, sparsity, measurement, again=found > 0)
-    said = measurement.left_out or f"{measurement.min_ms:.2f} ms, median {measurement.median_ms:.2f}"
-    print(
-        f"{network} {sparsity:.0%} zeros, {setting.isa}, {setting.threads} threads, {engine.name}: {said}",
-        file=sys.stderr,
-        flush=True,
-    )
+    isa = settings[0].isa
+    before = results.rows.get((case.network, case.sparsity, isa), [])
+    names = {engine.name for engine in engines} | {one.engine for one in before}
+    threads = sorted({setting.threads for setting in settings} | {one.threads for one in before})
+    entries = [
+        Entry(models.workbench(case, name), ENGINES[name], replace(settings[0], threads=number))
+        for number, name in product(threads, [name for name in ENGINES if name in names])
+    ]
+    results.put(case, isa, compare(entries))
+    for one in results.rows[case.network, case.sparsity, isa]:
+        said = one.left_out or f"{one.min_ms:.2f} ms, median {one.median_ms:.2f}"
+        _say(f"{case.network} {case.sparsity:.0%} zeros, {isa}, {one.threads} threads, {one.engine}: {said}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _warn_if_busy() -> None:
     load = os.getloadavg()[0]
     if load > BUSY:
-        print(f"other programs are running (load {load:.1f}): times will be too long", file=sys.stderr)
-
-
-def _version(engine: Engine) -> str | None:
-    try:
-        return engine.version()
-    except LeftOut:
-        return None
+        _say(f"other programs are running (load {load:.1f}): times will be too long")
 
 
 def cases(names: list[str], sparsities: list[float] | None) -> Iterator[Case]:
@@ -121,8 +123,7 @@ def main() -> None:
     parser.add_argument("--engine", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isa", nargs="+", choices=ISAS, default=list(ISAS))
-    parser.add_argument("--seconds", type=float, default=1.0, help="for one measurement, warming up not counted")
-    parser.add_argument("--rounds", type=int, default=3, help="in each of which everything is measured once")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for one measurement, all its turns together")
     parser.add_argument("--layers", action="store_true", help="time every operator of our builds as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results here, and go on from them")
     arguments = parser.parse_args()
@@ -138,11 +139,9 @@ def main() -> None:
             case.check()
         for setting in settings:
             check_setting(setting)
-        if arguments.rounds < 1:
-            raise InputError(f"{arguments.rounds} rounds; give 1 or more")
         results = Results.open(arguments.json)
         _warn_if_busy()
-        run(chosen, engines, settings, results, arguments.rounds)
+        run(chosen, engines, settings, results)
     except InputError as error:
         sys.exit(f"against_peers: {error}")
     show(results, chosen, engines, settings)

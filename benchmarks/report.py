@@ -51,7 +51,7 @@ class Rows:
     def row(self, case: Case, setting: Setting) -> list[Measurement]:
         """The measurements of a case that there are, of the engines chosen."""
         names = {engine.name for engine in self.engines}
-        return [one for one in self.results.row(case.network, case.sparsity, setting) if one.engine in names]
+        return [one for one in self.results.get(case, setting) if one.engine in names]
 
     def times(self, setting: Setting) -> Table:
         """Milliseconds, and the fastest sparse build against the fastest dense fp32 engine."""

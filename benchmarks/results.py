@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import case_of
+from benchmarks.rows import Case, case_of
 from jointsparse.frontends.benchmark import fastest, ratio
-from jointsparse.frontends.engines import ENGINES, NATIVE, OURS, PEERS, machine
+from jointsparse.frontends.engines import ENGINES, NATIVE, OURS, PEERS, Engine, LeftOut, machine
 from jointsparse.frontends.engines.measuring import Measurement, Setting
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.outputs import check_output, replacing
 
 FORMAT = "jointsparse.benchmarks"
-VERSION = 1
+VERSION = 2
 
-Key = tuple[str, float, str, int, str]
-"""Network, sparsity (0 for dense engines), engine, threads, instruction set."""
+Key = tuple[str, float, str]
+"""Of a row: network, sparsity, instruction set."""
 
 
 @dataclass
 class Results:
-    """Measurements by what was measured.
+    """Measurements, row by row; those of a row were made together, turn by turn.
 
-    The file is an object with ``format`` ("jointsparse.benchmarks"), ``version`` (1), ``machine`` (see
-    ``engines.machine``), ``results``: objects with ``network``, ``sparsity`` and the attributes of ``Measurement``; and
-    ``table``: objects with ``network``, ``sparsity``, ``threads``, ``isa``, ``fastest_build``, ``fastest_peer`` (names
-    or null), ``speed_up`` (of the first over the second, by least times), ``at_least`` and ``aim`` (null where nothing
-    is asked for).
+    The file is an object with ``format`` ("jointsparse.benchmarks"), ``version`` (2), ``machine`` (see
+    ``engines.machine``), ``results``: objects with ``network``, ``sparsity`` (of the row: dense engines have none) and
+    the attributes of ``Measurement``; and ``table``: objects with ``network``, ``sparsity``, ``threads``, ``isa``,
+    ``fastest_build``, ``fastest_peer`` (names or null), ``speed_up`` (of the first over the second, the median of all
+    turns), ``at_least`` and ``aim`` (null where nothing is asked for).
 
     Attributes:
-        path: of the file, None to keep nothing. machine: that all of them are from.
+        path: of the file, None to keep nothing. machine: that all of them are from. rows: all engines with all numbers
+            of threads.
     """
 
     path: Path | None
     machine: dict[str, Any]
-    measurements: dict[Key, Measurement] = field(default_factory=dict)
+    rows: dict[Key, list[Measurement]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path | None) -> Results:
@@ -57,40 +59,26 @@ class Results:
         if document["machine"] != here:
             raise InputError(f"{path}: holds results of another machine ({document['machine']}); name another file")
         for entry in document["results"]:
-            network, sparsity = entry.pop("network"), entry.pop("sparsity")
-            results._put(network, sparsity, Measurement(**entry))
+            case, one = Case(entry.pop("network"), entry.pop("sparsity")), Measurement(**entry)
+            results.rows.setdefault(_key(case, one.isa), []).append(one)
         return results
 
-    def rounds(self, network: str, sparsity: float, engine: str, setting: Setting, version: str | None) -> int:
-        """How often this has been measured: with times, of this version and in no shorter measurement, and with
-        operators if asked for."""
-        found = self.get(network, sparsity, engine, setting)
-        if found is None or found.min_ms is None or found.version != version or found.seconds < setting.seconds:
-            return 0
-        lacks_operators = setting.layers and found.plan is not None and found.operators is None
-        return 0 if lacks_operators else found.rounds
+    def get(self, case: Case, setting: Setting) -> list[Measurement]:
+        """What there is of a row at a number of threads, in the order of ``ENGINES``."""
+        found = [one for one in self.rows.get(_key(case, setting.isa), []) if one.threads == setting.threads]
+        return sorted(found, key=lambda one: list(ENGINES).index(one.engine))
 
-    def get(self, network: str, sparsity: float, engine: str, setting: Setting) -> Measurement | None:
-        """The measurement of an engine, None where there is none."""
-        return self.measurements.get((network, sparsity, engine, setting.threads, setting.isa))
+    def lacks(self, case: Case, engine: Engine, setting: Setting) -> bool:
+        """Whether an engine has to be measured: it is not there, is of another version, or was measured for a shorter
+        time or without the operators that are asked for."""
+        found = next((one for one in self.get(case, setting) if one.engine == engine.name), None)
+        if found is None or found.version != _version(engine) or found.seconds < setting.seconds:
+            return True
+        return setting.layers and found.plan is not None and found.operators is None and found.left_out is None
 
-    def add(self, network: str, sparsity: float, measurement: Measurement, *, again: bool = False) -> None:
-        """Take a measurement in, and write the file.
-
-        Args:
-            again: it is one more round of what is there; the faster of both stays, with the operators that were timed.
-        """
-        before = self.measurements.get(_key(network, sparsity, measurement)) if again else None
-        if before is not None and before.min_ms is not None and measurement.min_ms is not None:
-            faster = measurement if measurement.min_ms < before.min_ms else before
-            measurement = replace(
-                faster,
-                rounds=before.rounds + 1,
-                seconds=min(before.seconds, measurement.seconds),
-                operators=before.operators,
-                peak_gmacs=before.peak_gmacs,
-            )
-        self._put(network, sparsity, measurement)
+    def put(self, case: Case, isa: str, measurements: Sequence[Measurement]) -> None:
+        """Take a row in, in place of what there is of it, and write the file."""
+        self.rows[_key(case, isa)] = list(measurements)
         if self.path is None:
             return
         with replacing(self.path) as temporary:
@@ -99,8 +87,9 @@ class Results:
     def document(self) -> dict[str, Any]:
         """What the file holds."""
         entries = [
-            {"network": key[0], "sparsity": key[1], **asdict(measurement)}
-            for key, measurement in self.measurements.items()
+            {"network": network, "sparsity": sparsity, **asdict(one)}
+            for (network, sparsity, _), row in self.rows.items()
+            for one in row
         ]
         return {
             "format": FORMAT,
@@ -110,23 +99,19 @@ class Results:
             "results": entries,
         }
 
-    def row(self, network: str, sparsity: float, setting: Setting) -> list[Measurement]:
-        """All engines' measurements of one line of a table: sparse builds at that sparsity, the others dense."""
-        found = (self.get(network, sparsity if name in OURS else 0.0, name, setting) for name in ENGINES)
-        return [measurement for measurement in found if measurement is not None]
-
     def _table(self) -> list[dict[str, Any]]:
-        lines = dict.fromkeys((key[0], key[1], key[3], key[4]) for key in self.measurements if key[2] in OURS)
-        return [self._line(network, sparsity, Setting(threads, isa)) for network, sparsity, threads, isa in lines]
+        lines = dict.fromkeys((*key, one.threads) for key, row in self.rows.items() for one in row)
+        return [
+            self._line(case_of(network, sparsity), Setting(threads, isa)) for network, sparsity, isa, threads in lines
+        ]
 
-    def _line(self, network: str, sparsity: float, setting: Setting) -> dict[str, Any]:
-        row = self.row(network, sparsity, setting)
+    def _line(self, case: Case, setting: Setting) -> dict[str, Any]:
+        row = self.get(case, setting)
         build, peer = fastest(row, OURS), fastest(row, PEERS)
-        case = case_of(network, sparsity)
         asked = setting.threads == 1 and setting.isa == NATIVE
         return {
-            "network": network,
-            "sparsity": sparsity,
+            "network": case.network,
+            "sparsity": case.sparsity,
             "threads": setting.threads,
             "isa": setting.isa,
             "fastest_build": build and build.engine,
@@ -136,12 +121,17 @@ class Results:
             "aim": case.aim if asked else None,
         }
 
-    def _put(self, network: str, sparsity: float, measurement: Measurement) -> None:
-        self.measurements[_key(network, sparsity, measurement)] = measurement
+
+def _key(case: Case, isa: str) -> Key:
+    return case.network, case.sparsity, isa
 
 
-def _key(network: str, sparsity: float, measurement: Measurement) -> Key:
-    return network, sparsity, measurement.engine, measurement.threads, measurement.isa
+def _version(engine: Engine) -> str | None:
+    """None where it is not installed."""
+    try:
+        return engine.version()
+    except LeftOut:
+        return None
 
 
 def _read(path: Path) -> dict[str, Any]:

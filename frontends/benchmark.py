@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import onnx
 
 from .compiling import Shapes, read_onnx
 from .engines import ENGINES, OURS, PEERS, find_engine, machine
-from .engines.measuring import Measurement, Setting, Workbench, check_setting
+from .engines.measuring import Entry, Measurement, Setting, Workbench, check_setting, compare
 from .errors import InputError
 
 JSON_FORMAT = "jointsparse.bench"
@@ -49,7 +50,7 @@ class BenchResult:
 
     @property
     def speed_up(self) -> float | None:
-        """Least time of the fastest peer over that of the fastest build."""
+        """Time of the fastest peer over that of the fastest build, the median of all turns."""
         return ratio(self.fastest_peer, self.fastest_build)
 
     def to_json(self) -> str:
@@ -81,13 +82,14 @@ def bench(
 ) -> BenchResult:
     """Measure the sparse builds of a .jsm or .onnx file, TVM's dense build, and other engines.
 
-    Each engine runs in a process of its own, one after the other, pinned to as many cores as threads are asked for,
-    and is compared with a reference first; what is wrong, or not installed, is left out with the reason.
+    Each engine runs in a process of its own, pinned to as many cores as threads are asked for, and is compared with a
+    reference first; what is wrong, or not installed, is left out with the reason. Then all are measured turn by turn,
+    one at a time.
 
     Args:
         against: names of ``engines.ENGINES`` beside the sparse builds and TVM.
         input_shapes: for inputs of an ONNX model with open axes: by name, or the shape of the one input.
-        progress: told the name of each engine as it starts.
+        progress: told the name of each engine as it is built and loaded.
 
     Raises:
         InputError: for a bad model, engine, shape or setting, and where no sparse build could be measured.
@@ -99,10 +101,7 @@ def bench(
         folder = Path(name)
         onnx.save_model(read_onnx(model, input_shapes), folder / "model.onnx")
         workbench = Workbench(folder / "model.onnx", folder)
-        measurements = []
-        for engine in engines:
-            progress(engine.title)
-            measurements.append(workbench.measure(engine, setting))
+        measurements = compare([Entry(workbench, engine, setting) for engine in engines], progress)
     result = BenchResult(model, setting, where, tuple(measurements))
     if result.fastest_build is None:
         raise InputError(f"{model}: no sparse build could be measured; {measurements[0].left_out}")
@@ -110,16 +109,21 @@ def bench(
 
 
 def fastest(measurements: Sequence[Measurement], names: Sequence[str]) -> Measurement | None:
-    """The measurement of the least time among the engines of these names; None if none of them was timed."""
-    timed = [one for one in measurements if one.engine in names and one.min_ms is not None]
-    return min(timed, key=lambda one: one.min_ms or 0.0, default=None)
+    """The measurement of the shortest turns, by their median, among the engines of these names; None if none of them
+    was timed."""
+    timed = [(statistics.median(one.turns_ms), one) for one in measurements if one.engine in names and one.turns_ms]
+    return min(timed, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
 def ratio(slow: Measurement | None, fast: Measurement | None) -> float | None:
-    """Least time of one over that of the other; None where one is missing."""
-    if slow is None or fast is None or slow.min_ms is None or fast.min_ms is None:
+    """Time of one over that of the other, the median of all turns; None where one is missing.
+
+    The two have been measured together, so that each turn of one is next to a turn of the other: what made the machine
+    slower just then falls out of the quotient.
+    """
+    if slow is None or fast is None or not slow.turns_ms or not fast.turns_ms:
         return None
-    return slow.min_ms / fast.min_ms
+    return statistics.median(a / b for a, b in zip(slow.turns_ms, fast.turns_ms, strict=False))
 
 
 def _engine(measurement: Measurement) -> dict[str, Any]:

@@ -125,78 +125,66 @@ def test_results_are_kept_and_gone_on_from(case: Case, tmp_path: Path, capsys: p
     file = tmp_path / "results.json"
     run(case, ["onnxruntime"], file)
     assert capsys.readouterr().err.count("\n") == 1
-    # The second run measures what the first has not, and the third nothing.
-    results = run(case, ["onnxruntime", "winograd"], file)
+    # Something is missing: the row is measured as a whole. The third run measures nothing.
+    results = run(case, ["winograd"], file)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1
+    assert said.count("\n") == 2
     assert "winograd" in said
     run(case, ["onnxruntime", "winograd"], file)
     assert capsys.readouterr().err == ""
 
     document = json.loads(file.read_text())
     assert set(document) == {"format", "version", "machine", "table", "results"}
-    assert (document["format"], document["version"]) == ("jointsparse.benchmarks", 1)
-    assert [(entry["engine"], entry["sparsity"]) for entry in document["results"]] == [
-        ("onnxruntime", 0.0),
-        ("winograd", 0.8),
-    ]
-    assert all(entry["left_out"] is None and entry["error"] < 1e-4 for entry in document["results"])
+    assert (document["format"], document["version"]) == ("jointsparse.benchmarks", 2)
+    entries = {entry["engine"]: entry for entry in document["results"]}
+    assert set(entries) == {"onnxruntime", "winograd"}
+    assert all(entry["left_out"] is None and entry["error"] < 1e-4 for entry in entries.values())
     (line,) = document["table"]
     assert (line["fastest_build"], line["fastest_peer"]) == ("winograd", "onnxruntime")
-    assert line["speed_up"] == pytest.approx(document["results"][0]["min_ms"] / document["results"][1]["min_ms"])
-    kernels = [layer["kernel"] for layer in document["results"][1]["plan"]]
+    pairs = zip(entries["onnxruntime"]["turns_ms"], entries["winograd"]["turns_ms"], strict=True)
+    assert line["speed_up"] == pytest.approx(np.median([peer / build for peer, build in pairs]))
+    kernels = [layer["kernel"] for layer in entries["winograd"]["plan"]]
     assert kernels == ["winograd_f4", "winograd_f4", "direct", "direct"], "the last is fully connected"
-    assert {one["layer"] for one in document["results"][1]["operators"]} >= {"0", "2", "4"}
+    assert {one["layer"] for one in entries["winograd"]["operators"]} >= {"0", "2", "4"}
 
     report.show(results, [case], [ENGINES["onnxruntime"], ENGINES["winograd"]], [BRIEF])
     shown = capsys.readouterr().out
     for text in ("Tiny", "80%", "speed-up", "1.50x", "3.00x", "G/s", "ONNX Runtime: "):
         assert text in shown
 
-    # A longer measurement is another one.
-    longer = replace(BRIEF, seconds=0.02)
-    assert results.rounds("tiny", 0.0, "onnxruntime", BRIEF, document["results"][0]["version"]) == 1
-    assert results.rounds("tiny", 0.0, "onnxruntime", longer, document["results"][0]["version"]) == 0
+    # A longer measurement is another one, and so is one of more threads.
+    engine = ENGINES["onnxruntime"]
+    assert not results.lacks(case, engine, BRIEF)
+    assert results.lacks(case, engine, replace(BRIEF, seconds=0.02))
+    assert results.lacks(case, engine, replace(BRIEF, threads=2))
 
     # Results of another version do not count.
     document["results"][0]["version"] = "0.0"
     file.write_text(json.dumps(document))
     run(case, ["onnxruntime", "winograd"], file)
-    assert "onnxruntime" in capsys.readouterr().err
-
-
-def test_the_fastest_round_counts(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, engines = tmp_path / "results.json", [ENGINES["onnxruntime"], ENGINES["winograd"]]
-    against_peers.run([case], engines, [BRIEF], Results.open(file), rounds=2)
-    said = [line.split(":")[0].split(", ")[-1] for line in capsys.readouterr().err.splitlines()]
-    assert said == ["onnxruntime", "winograd"] * 2, "in turn"
-    # Two rounds are there: a third adds one of each.
-    against_peers.run([case], engines, [BRIEF], Results.open(file), rounds=3)
     assert capsys.readouterr().err.count("\n") == 2
-    kept = Results.open(file).row("tiny", 0.8, BRIEF)
-    assert {one.rounds for one in kept} == {3}
-    assert [one.engine for one in kept if one.operators] == ["winograd"], "timed in the first round"
 
-    results, first = Results(None, {}), Measurement("winograd", 1, "native", 1.0, "1", min_ms=9.0, median_ms=9.5)
-    for milliseconds in (9.0, 8.0, 8.5):
-        results.add("tiny", 0.8, replace(first, min_ms=milliseconds), again=milliseconds != 9.0)
-    assert results.get("tiny", 0.8, "winograd", Setting()) == replace(first, min_ms=8.0, rounds=3)
-    # A shorter measurement among longer ones makes all of them count as that short.
-    results.add("tiny", 0.8, replace(first, seconds=0.1), again=True)
-    assert results.rounds("tiny", 0.8, "winograd", Setting(seconds=1.0), "1") == 0
-    assert results.rounds("tiny", 0.8, "winograd", Setting(seconds=0.1), "1") == 4
-    # A round that failed is told, and what came before does not hide it.
-    results.add("tiny", 0.8, replace(first, min_ms=None, left_out="wrong"), again=True)
-    assert results.rounds("tiny", 0.8, "winograd", Setting(seconds=1.0), "1") == 0
+
+def test_an_operator_is_timed_when_asked_for(case: Case) -> None:
+    results, one = (
+        Results(None, {}),
+        Measurement("winograd", 1, "native", 1.0, ENGINES["winograd"].version(), plan=[{}]),
+    )
+    brief = Setting(seconds=1.0)
+    results.put(case, "native", [one])
+    assert not results.lacks(case, ENGINES["winograd"], brief)
+    assert results.lacks(case, ENGINES["winograd"], replace(brief, layers=True))
+    results.put(case, "native", [replace(one, operators=[])])
+    assert not results.lacks(case, ENGINES["winograd"], replace(brief, layers=True))
 
 
 def test_two_threads_over_one_and_packages(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     one = Measurement(
-        "spatial", 1, "native", 1.0, "1", min_ms=9.0, median_ms=9.5, build_seconds=2.0, build_bytes=3_000_000
+        "spatial", 1, "native", 1.0, "1", min_ms=8.5, median_ms=9.5, build_seconds=2.0, build_bytes=3_000_000
     )
     results = Results(None, {"cpu": "some"})
-    results.add("tiny", 0.8, replace(one, peak_bytes=7_000_000))
-    results.add("tiny", 0.8, replace(one, threads=2, min_ms=4.5))
+    first = replace(one, turns_ms=[9.0, 18.0, 9.0], peak_bytes=7_000_000)
+    results.put(case, "native", [first, replace(one, threads=2, turns_ms=[4.5, 9.0, 9.0])])
     report.show(results, [case], [ENGINES["spatial"]], [replace(BRIEF, threads=n) for n in (1, 2)])
     shown = capsys.readouterr().out
     for text in ("two threads over one", "2.00x", "2 / 3.0 / 7"):
@@ -206,8 +194,10 @@ def test_two_threads_over_one_and_packages(case: Case, capsys: pytest.CaptureFix
 def test_an_engine_left_out_is_shown(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setting = replace(BRIEF, isa="avx2")
     results = Results.open(None)
-    against_peers.run([case], [ENGINES["onnxruntime"]], [setting], results, rounds=3)
-    assert capsys.readouterr().err.count("\n") == 1, "it is tried once"
+    against_peers.run([case], [ENGINES["onnxruntime"]], [setting], results)
+    assert capsys.readouterr().err.count("\n") == 1
+    against_peers.run([case], [ENGINES["onnxruntime"]], [setting], results)
+    assert capsys.readouterr().err == "", "it is tried once"
     report.show(results, [case], [ENGINES["onnxruntime"]], [setting])
     assert "left out: ONNX Runtime, avx2 (Tiny): ONNX Runtime has no switch" in capsys.readouterr().out
 

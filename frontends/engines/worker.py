@@ -1,7 +1,9 @@
-"""One job in a process of its own: ``python -m jointsparse.frontends.engines.worker JOB.json RESULT.json``.
+"""One job in a process of its own: ``python -m jointsparse.frontends.engines.worker``.
 
-Threads, instruction sets and memory peaks belong to a process, so that each measurement gets a new one. A job is an
-object with ``kind`` and what the function of that name takes; the result is what it returns, or ``{"left_out": why}``.
+Threads, instruction sets and memory peaks belong to a process, so that each measurement gets a new one. Messages are
+lines of JSON. The first on the standard input is the job: an object with ``kind`` and what the function of that name
+takes. What the function returns is the answer on the standard output, or ``{"left_out": why}``. The job ``load`` goes
+on: each further line asks for a turn of so many seconds, the answer being the seconds of each run.
 """
 
 from __future__ import annotations
@@ -9,9 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -24,9 +25,6 @@ from ..errors import InputError
 from . import find_engine
 from .base import Prepared
 
-MIN_RUNS = 5
-"""Runs at least, however long one takes."""
-
 
 def build(engine: str, model: str, folder: str, isa: str) -> dict[str, Any]:
     """Ahead of time: where the engine's file is, how long it took, how large it is."""
@@ -36,10 +34,11 @@ def build(engine: str, model: str, folder: str, isa: str) -> dict[str, Any]:
     return {**asdict(made), "path": str(made.path), "seconds": seconds, "bytes": made.path.stat().st_size}
 
 
-def time(
-    engine: str, path: str, inputs: str, reference: str | None, tolerance: float | None, threads: int, seconds: float
-) -> dict[str, Any]:
-    """Compare with the reference, then measure for so many seconds; a wrong engine is not timed."""
+def load(
+    engine: str, path: str, inputs: str, reference: str | None, tolerance: float | None, threads: int
+) -> Iterator[Any]:
+    """Load a model and compare its outputs with the reference, then run it whenever that is asked for; a wrong engine
+    is not timed."""
     pin(threads)
     chosen = find_engine(engine)
     chosen.load()
@@ -52,15 +51,11 @@ def time(
     # JSON has no infinity.
     finite = error if error is not None and math.isfinite(error) else None
     if error is not None and tolerance is not None and not error <= tolerance:
-        return {"left_out": f"wrong: relative RMS error {error:.2g}, {tolerance:g} allowed", "error": finite}
-    times = measure(prepared, seconds)
-    return {
-        "error": finite,
-        "min_ms": 1e3 * min(times),
-        "median_ms": 1e3 * statistics.median(times),
-        "runs": len(times),
-        "peak_bytes": None if before is None or peak is None else peak - before,
-    }
+        yield {"left_out": f"wrong: relative RMS error {error:.2g}, {tolerance:g} allowed", "error": finite}
+        return
+    yield {"error": finite, "peak_bytes": None if before is None or peak is None else peak - before}
+    for line in sys.stdin:
+        yield turn(prepared, json.loads(line))
 
 
 def layers(
@@ -85,19 +80,26 @@ def reference(model: str, winograd: list[str], inputs: str, outputs: str) -> dic
     return {"method": method}
 
 
-def measure(prepared: Prepared, seconds: float) -> list[float]:
-    """Seconds of each run, on the clock, after some runs to warm up."""
-    end = perf_counter() + seconds / 5
-    prepared.run()
-    while perf_counter() < end:
-        prepared.run()
+def turn(prepared: Prepared, seconds: float) -> list[float]:
+    """Seconds of each run of a turn that lasts so many, on the clock.
+
+    Another engine has used the caches since the last turn: the first run is to fill them again and does not count, but
+    where one run takes the whole turn, and so little of it for that.
+    """
+    start = perf_counter()
+    first = _seconds(prepared)
+    if first >= seconds:
+        return [first]
     times: list[float] = []
-    end = perf_counter() + seconds
-    while len(times) < MIN_RUNS or perf_counter() < end:
-        start = perf_counter()
-        prepared.run()
-        times.append(perf_counter() - start)
+    while not times or perf_counter() - start < seconds:
+        times.append(_seconds(prepared))
     return times
+
+
+def _seconds(prepared: Prepared) -> float:
+    start = perf_counter()
+    prepared.run()
+    return perf_counter() - start
 
 
 def relative_rms(outputs: list[NDArray[Any]], expected: list[NDArray[Any]]) -> float:
@@ -134,22 +136,26 @@ def memory(kind: str) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")), None)
 
 
-KINDS: dict[str, Callable[..., dict[str, Any]]] = {
+KINDS: dict[str, Callable[..., dict[str, Any] | Iterator[Any]]] = {
     "build": build,
-    "time": time,
+    "load": load,
     "layers": layers,
     "reference": reference,
 }
 
 
 def main() -> None:
-    """Do the job in the first file, write the result to the second."""
-    job = json.loads(Path(sys.argv[1]).read_text())
+    """Do the job on the standard input."""
+    # What engines print goes elsewhere than the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    job = json.loads(sys.stdin.readline())
     try:
         result = KINDS[job.pop("kind")](**job)
+        for answer in result if isinstance(result, Iterator) else [result]:
+            print(json.dumps(answer), file=answers)
     except InputError as error:
-        result = {"left_out": str(error)}
-    Path(sys.argv[2]).write_text(json.dumps(result))
+        print(json.dumps({"left_out": str(error)}), file=answers)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from jointsparse.frontends.engines import (
     NATIVE,
     OURS,
     PEERS,
+    Engine,
     LeftOut,
     find_engine,
     measuring,
@@ -39,10 +40,12 @@ from jointsparse.frontends.engines import (
     sources,
     worker,
 )
+from jointsparse.frontends.engines.base import Prepared
 from jointsparse.frontends.engines.inputs import random_inputs
-from jointsparse.frontends.engines.measuring import Setting, Workbench, environment, run_job
+from jointsparse.frontends.engines.measuring import Entry, Measurement, Setting, Workbench, compare, environment
 from jointsparse.frontends.engines.onnx_module import OnnxModule
 from jointsparse.frontends.engines.onnx_runtime import OnnxRuntime, open_session
+from jointsparse.frontends.engines.processes import Process, run_job
 from jointsparse.frontends.engines.tvm_build import open_package
 from jointsparse.frontends.errors import InputError
 from jointsparse.frontends.winograd_inference import winograd_pruned
@@ -84,9 +87,13 @@ def workbench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return Workbench(written(Classifier(), (1, 3, 16, 16), folder / "model.onnx"), folder)
 
 
+def measure(workbench: Workbench, engine: Engine, setting: Setting) -> Measurement:
+    return compare([Entry(workbench, engine, setting)])[0]
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_engine_computes_the_same(name: str, workbench: Workbench) -> None:
-    measured = workbench.measure(ENGINES[name], BRIEF)
+    measured = measure(workbench, ENGINES[name], BRIEF)
     if name == "openvino-bf16" and measured.left_out == "this CPU does not multiply bfloat16":
         pytest.skip(measured.left_out)
     assert measured.left_out is None
@@ -94,7 +101,8 @@ def test_every_engine_computes_the_same(name: str, workbench: Workbench) -> None
     assert measured.error < (1e-5 if ENGINES[name].precision == "fp32" else 0.1)
     assert measured.version
     assert measured.runs is not None
-    assert measured.runs >= worker.MIN_RUNS
+    assert measured.turns_ms is not None
+    assert measured.runs >= len(measured.turns_ms) >= measuring.MIN_TURNS
     assert 0 < measured.min_ms <= measured.median_ms  # type: ignore[operator]
     assert (measured.build_bytes is not None) == ENGINES[name].ahead_of_time
     assert (measured.plan is not None) == (name in (*OURS, "tvm"))
@@ -109,7 +117,7 @@ def test_reference_is_what_onnxruntime_computes(workbench: Workbench) -> None:
 @x86
 @pytest.mark.parametrize("name", ["spatial", "openvino", "torch"])
 def test_engines_held_to_avx2(name: str, workbench: Workbench) -> None:
-    measured = workbench.measure(ENGINES[name], Setting(isa=AVX2, seconds=0.01))
+    measured = measure(workbench, ENGINES[name], Setting(isa=AVX2, seconds=0.01))
     assert measured.left_out is None
     assert measured.error is not None
     assert measured.error < 1e-5
@@ -117,8 +125,8 @@ def test_engines_held_to_avx2(name: str, workbench: Workbench) -> None:
 
 def test_what_cannot_be_held_to_avx2_says_so(workbench: Workbench) -> None:
     setting = Setting(isa=AVX2, seconds=0.01)
-    assert "no switch" in (workbench.measure(ENGINES["onnxruntime"], setting).left_out or "")
-    assert "bfloat16" in (workbench.measure(ENGINES["openvino-bf16"], setting).left_out or "")
+    assert "no switch" in (measure(workbench, ENGINES["onnxruntime"], setting).left_out or "")
+    assert "bfloat16" in (measure(workbench, ENGINES["openvino-bf16"], setting).left_out or "")
 
 
 def test_threads_and_instruction_set_reach_the_process() -> None:
@@ -137,27 +145,73 @@ class Absent(OnnxRuntime):
 
 
 def test_a_missing_engine_is_told(workbench: Workbench) -> None:
-    measured = workbench.measure(Absent("absent", "Absent"), BRIEF)
+    measured = measure(workbench, Absent("absent", "Absent"), BRIEF)
     assert measured.left_out == "no-such-engine is not installed; pip install no-such-engine, or 'jointsparse[bench]'"
     assert measured.min_ms is None
 
 
 def test_a_wrong_engine_is_not_timed(workbench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "TOLERANCE", 1e-12)
-    measured = workbench.measure(ENGINES["onnxruntime"], BRIEF)
+    measured = measure(workbench, ENGINES["onnxruntime"], BRIEF)
     assert (measured.left_out or "").startswith("wrong: relative RMS error")
     assert measured.error is not None
     assert measured.min_ms is None
 
 
+def test_engines_take_turns(workbench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    take_turn = measuring.Contestant.take_turn
+
+    def noted(self: measuring.Contestant, seconds: float) -> None:
+        order.append(f"{self.measurement.engine} {self.measurement.threads}")
+        take_turn(self, seconds)
+
+    monkeypatch.setattr(measuring.Contestant, "take_turn", noted)
+    entries = [Entry(workbench, ENGINES[name], BRIEF) for name in ("onnxruntime", "openvino")]
+    told: list[str] = []
+    measured = compare(entries, told.append)
+    assert told == ["ONNX Runtime", "OpenVINO"]
+    turns = [len(one.turns_ms or ()) for one in measured]
+    assert turns[0] == turns[1] >= measuring.MIN_TURNS
+    assert order == ["onnxruntime 1", "openvino 1"] * turns[0]
+
+
+def test_one_that_dies_in_its_turn_is_out_and_the_others_go_on(
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_turn = measuring.Contestant.take_turn
+
+    def fatal(self: measuring.Contestant, seconds: float) -> None:
+        if self.measurement.engine == "torch" and len(self.turns) == 2:
+            assert self.process is not None
+            self.process._process.kill()
+        take_turn(self, seconds)
+
+    monkeypatch.setattr(measuring.Contestant, "take_turn", fatal)
+    first, second = compare([Entry(workbench, ENGINES[name], BRIEF) for name in ("torch", "onnxruntime")])
+    assert (first.left_out or "").startswith("failed (load, exit code -9)")
+    assert first.min_ms is None
+    assert second.left_out is None
+    assert second.min_ms is not None
+
+
+def test_a_turn_begins_with_a_run_that_does_not_count() -> None:
+    runs: list[int] = []
+    once = Prepared(lambda: runs.append(1), list)
+    assert len(worker.turn(once, 1e-9)) == len(runs) == 1, "unless it takes the whole turn"
+    runs.clear()
+    times = worker.turn(once, 0.01)
+    assert len(times) == len(runs) - 1 > 1
+
+
 def test_outputs_of_another_shape_are_wrong(workbench: Workbench, tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", np.zeros((1, 6)))
-    result = worker_time(workbench, reference=str(tmp_path / "other.npz"))
-    assert result == {"left_out": "wrong: relative RMS error inf, 0.0001 allowed", "error": None}
+    with loaded(workbench, reference=str(tmp_path / "other.npz")) as process:
+        assert process.answer() == {"left_out": "wrong: relative RMS error inf, 0.0001 allowed", "error": None}
 
 
-def worker_time(workbench: Workbench, **options: object) -> dict[str, object]:
-    """The job ``time`` of ONNX Runtime, in a process of its own."""
+def loaded(workbench: Workbench, **options: object) -> Process:
+    """The job ``load`` of ONNX Runtime, in a process of its own."""
     defaults: dict[str, object] = {
         "path": str(workbench.model),
         "reference": None,
@@ -165,14 +219,19 @@ def worker_time(workbench: Workbench, **options: object) -> dict[str, object]:
         "inputs": str(workbench.inputs),
         "engine": "onnxruntime",
         "threads": 1,
-        "seconds": 0.01,
     }
-    return run_job("time", {}, ("error",), **defaults | options)
+    return Process("load", {}, **defaults | options)
 
 
 def test_a_process_that_dies_says_what_it_said_last(workbench: Workbench, tmp_path: Path) -> None:
-    with pytest.raises(LeftOut, match=r"failed \(time, exit code 1\): .*missing.onnx"):
-        worker_time(workbench, path=str(tmp_path / "missing.onnx"))
+    with (
+        loaded(workbench, path=str(tmp_path / "missing.onnx")) as process,
+        pytest.raises(LeftOut, match=r"failed \(load, exit code 1\): .*missing.onnx"),
+    ):
+        process.answer()
+    with pytest.raises(LeftOut, match=r"failed \(reference, exit code 1\): .*missing.onnx"):
+        missing = str(tmp_path / "missing.onnx")
+        run_job("reference", {}, model=missing, winograd=[], inputs=str(workbench.inputs), outputs="")
 
 
 def test_registry() -> None:
