@@ -229,8 +229,8 @@ def test_a_process_that_dies_says_what_it_said_last(workbench: Workbench, tmp_pa
         pytest.raises(LeftOut, match=r"failed \(load, exit code 1\): .*missing.onnx"),
     ):
         process.answer()
+    missing = str(tmp_path / "missing.onnx")
     with pytest.raises(LeftOut, match=r"failed \(reference, exit code 1\): .*missing.onnx"):
-        missing = str(tmp_path / "missing.onnx")
         run_job("reference", {}, model=missing, winograd=[], inputs=str(workbench.inputs), outputs="")
 
 
