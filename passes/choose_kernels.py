@@ -14,7 +14,7 @@ from .plan import DENSE, DIRECT, WINOGRAD, percent
 DOMAINS = ("auto", "spatial", "winograd", "dense")
 
 # In the order of preference at equal cost.
-_ORDER = (DENSE, DIRECT, *WINOGRAD.values())
+ORDER = (DENSE, DIRECT, *WINOGRAD.values())
 
 _ASKED = {
     "spatial": (DIRECT,),
@@ -50,7 +50,7 @@ class ChooseKernels:
                 layer.reason = layer.left_alone
                 continue
             self._predict(layer)
-            layer.kernel, layer.reason = _choose(layer, self.domain)
+            layer.kernel, layer.reason = choose(layer, self.domain)
             layer.overtaken = layer.break_even if layer.kernel == DENSE else self._break_even(layer, layer.kernel)
             if self.domain == "auto" and layer.kernel != DENSE:
                 layer.reason += _next(layer)
@@ -59,7 +59,7 @@ class ChooseKernels:
     def _predict(self, layer: Layer) -> None:
         assert layer.geometry is not None
         geometry = layer.geometry
-        for kernel in _ORDER:
+        for kernel in ORDER:
             if kernel in layer.unsupported:
                 continue
             weights = layer.weights(kernel)
@@ -85,10 +85,10 @@ class ChooseKernels:
         return {kernel: share for kernel, share in shares.items() if share is not None}
 
 
-def _choose(layer: Layer, domain: str) -> tuple[str, str]:
+def choose(layer: Layer, domain: str) -> tuple[str, str]:
     """Kernel and reason."""
     if domain == "auto":
-        kernel = _cheapest(layer, _ORDER)
+        kernel = _cheapest(layer, ORDER)
         return kernel, _why_dense_wins(layer) if kernel == DENSE else _gain(layer, kernel)
     kernel = _cheapest(layer, _ASKED[domain])
     if kernel == DENSE and domain == "winograd":

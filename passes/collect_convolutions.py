@@ -90,7 +90,7 @@ class _Collector:
             return
         assert layer.weight is not None
         layer.geometry, layer.weight = geometry, layer.weight.as_filters(geometry.weight_shape)
-        reasons = _why_not_kernels(geometry, layer.op, self.target)
+        reasons = why_not_kernels(geometry, layer.op, self.target)
         layer.unsupported = {kernel: reason for kernel, reason in reasons.items() if reason is not None}
         if reasons.keys() == layer.unsupported.keys():
             layer.left_alone = layer.unsupported[DIRECT]
@@ -103,7 +103,7 @@ class _Collector:
         return free
 
 
-def _why_not_kernels(geometry: ConvGeometry, op: str, target: tvm.target.Target) -> dict[str, str | None]:
+def why_not_kernels(geometry: ConvGeometry, op: str, target: tvm.target.Target) -> dict[str, str | None]:
     """By sparse kernel; None for one that is supported."""
     if not geometry.fully_connected:
         direct = why_not_direct(geometry, target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,11 +148,18 @@ class Worklist:
     Attributes:
         layers: in the order of ``find_convolutions``.
         warnings: lines for the user.
+        notes: by name of a layer, what passes before the choice of kernels have to say of it.
     """
 
     layers: list[Layer] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def plan(self, target: str, domain: str) -> Plan:
         """The record for the user."""
-        return Plan(target, domain, tuple(layer.plan() for layer in self.layers), tuple(self.warnings))
+        return Plan(target, domain, tuple(map(self._layer_plan, self.layers)), tuple(self.warnings))
+
+    def _layer_plan(self, layer: Layer) -> LayerPlan:
+        plan = layer.plan()
+        note = self.notes.get(layer.name)
+        return plan if note is None else replace(plan, reason=f"{plan.reason}; {note}" if plan.reason else note)

@@ -12,6 +12,8 @@ from ..schedules.targets import why_not_target
 from ..schedules.winograd import TILES
 from .absorb_conversions import AbsorbConversions
 from .absorb_epilogues import AbsorbEpilogues
+from .absorb_gathers import AbsorbGathers
+from .alternatives import Planner
 from .bind_parameters import BindParameters
 from .choose_kernels import DOMAINS, ChooseKernels
 from .collect_convolutions import CollectConvolutions
@@ -20,6 +22,7 @@ from .costs import CostModel
 from .keep_tiles import KeepTiles
 from .layers import Worklist
 from .measured_costs import MeasuredCostModel
+from .merge_parts import MergeParts
 from .plan import Plan
 from .prune_winograd import PruneWinograd
 from .rewrite_convolutions import RewriteConvolutions
@@ -68,7 +71,18 @@ def sparsify(
     _check(mod, domain, winograd_sparsity, tile)
     params = dict(params or {})
     device = _deciding_target(target)
-    worklist = Worklist()
+    worklist, costs = Worklist(), cost_model or MeasuredCostModel()
+
+    def planning(layers: Worklist) -> list[tvm.transform.Pass]:
+        return [
+            # Which layers there are, and what stands against a sparse kernel.
+            CollectConvolutions(layers, params, device),
+            # Which Winograd weights are zero; then a kernel for each layer, by cost.
+            PruneWinograd(layers, winograd_sparsity, tile=tile, weighted=weighted),
+            ChooseKernels(layers, device, domain, cost_model=costs),
+        ]
+
+    planner = Planner(planning, device, domain, costs)
     passes = [
         # Phase 1. Canonical form: inference only, scales folded into weights, padding into convolutions.
         BindParameters(params, keep_convolution_weights=True),
@@ -77,11 +91,11 @@ def sparsify(
         relay.transform.FoldConstant(),
         relay.transform.FoldExplicitPadding(),
         relay.transform.FoldScaleAxis(),
-        # Phase 2. Which layers there are, and what stands against a sparse kernel.
-        CollectConvolutions(worklist, params, device),
-        # Phase 3. Which Winograd weights are zero; then a kernel for each layer, by cost.
-        PruneWinograd(worklist, winograd_sparsity, tile=tile, weighted=weighted),
-        ChooseKernels(worklist, device, domain, cost_model=cost_model or MeasuredCostModel()),
+        # Phase 2. Layers that were approximated by sums of parts: in the form that is the fastest here.
+        AbsorbGathers(worklist, planner),
+        MergeParts(worklist, planner),
+        # Phase 3. A kernel for each layer.
+        *planning(worklist),
         # Phase 4. Sparse operators for the layers chosen, the weights of the others constants; no conversion in vain.
         RewriteConvolutions(worklist, device),
         BindParameters(params),

@@ -37,7 +37,7 @@ class Rewriter:
     """
 
     def __init__(self, nodes: list[relay.Expr]) -> None:
-        self.uses = Counter(operand for node in nodes for operand in _operands(node))
+        self.uses = Counter(operand for node in nodes for operand in operands(node))
         self._values: dict[relay.Expr, relay.Expr] = {}
         for node in nodes:
             if not isinstance(node, relay.Tuple):  # which its readers make, of what they need
@@ -77,7 +77,8 @@ def rebuilt(call: relay.Call, arguments: list[relay.Expr]) -> relay.Call:
     return relay.Call(call.op, arguments, call.attrs, call.type_args, call.span)
 
 
-def _operands(node: relay.Expr) -> list[relay.Expr]:
+def operands(node: relay.Expr) -> list[relay.Expr]:
+    """What a node is computed from, weights included."""
     if isinstance(node, relay.Call):
         return list(node.args)
     if isinstance(node, relay.Tuple):

@@ -1,0 +1,164 @@
+"""Layers that could stand where others are: what they would cost, and the calls that put them there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+from tvm import relay
+
+from ..schedules.geometry import ConvGeometry
+from ..schedules.winograd_pruning import ATTRIBUTE, parse
+from .choose_kernels import ORDER, choose
+from .collect_convolutions import why_not_kernels
+from .convolutions import is_convolution
+from .costs import CostModel
+from .layers import Layer, Worklist
+from .parts import Gather
+from .plan import DENSE
+from .straight_graphs import Rewriter
+
+COPY = 0.4e-9
+"""Seconds for an element that is read and written once more."""
+
+
+@dataclass(frozen=True)
+class Planner:
+    """How kernels will be chosen.
+
+    Attributes:
+        passes: those that fill a worklist. target, domain, cost_model: as for ChooseKernels.
+    """
+
+    passes: Callable[[Worklist], Sequence[tvm.transform.Pass]]
+    target: tvm.target.Target
+    domain: str
+    cost_model: CostModel
+
+
+class Alternatives:
+    """The layers of a module, each with the kernel and the costs that it would have, and what others would cost.
+
+    Args:
+        mod: a ``@main`` without functions inside. nodes: all of it, operands first, of whatever inference of types.
+        planner: how kernels will be chosen.
+
+    Attributes:
+        layers: by call, those that another layer may replace: costs are known, and no Winograd threshold of the model's
+            own speaks of this very weight.
+    """
+
+    def __init__(self, mod: tvm.IRModule, nodes: Sequence[relay.Expr], planner: Planner) -> None:
+        self.mod = mod
+        self.nodes = nodes
+        self.planner = planner
+
+    @cached_property
+    def layers(self) -> Mapping[relay.Call, Layer]:
+        worklist = Worklist()
+        tvm.transform.Sequential(list(self.planner.passes(worklist)))(self.mod)
+        attribute = self.mod.get_attr(ATTRIBUTE)
+        thresholds = {} if attribute is None else parse(str(attribute), "the module")
+        # In the same order; behind them in the list come those of other functions.
+        calls = [node for node in self.nodes if isinstance(node, relay.Call) and is_convolution(node)]
+        return {
+            call: layer
+            for call, layer in zip(calls, worklist.layers, strict=False)
+            if layer.costs and layer.weight is not None and layer.weight.parameter not in thresholds
+        }
+
+    def best(self, layer: Layer, geometry: ConvGeometry, nonzeros: Mapping[str, int]) -> tuple[str, float]:
+        """The kernel that would be chosen for a layer of another geometry, and its seconds.
+
+        Args:
+            layer: gives the operator, and the kernels that are allowed.
+            nonzeros: by sparse kernel.
+        """
+        planner = self.planner
+        reasons = why_not_kernels(geometry, layer.op, planner.target)
+        unsupported = {kernel: reason for kernel, reason in reasons.items() if reason is not None}
+        other = Layer("", layer.op, geometry=geometry, unsupported=unsupported)
+        for kernel in ORDER:
+            if kernel not in layer.costs:
+                other.unsupported.setdefault(kernel, layer.unsupported[kernel])
+            elif kernel not in unsupported:
+                other.nonzeros[kernel] = other.weights(kernel) if kernel == DENSE else nonzeros[kernel]
+                other.costs[kernel] = planner.cost_model.cost(kernel, geometry, other.nonzeros[kernel], planner.target)
+        kernel, _ = choose(other, planner.domain)
+        return kernel, other.costs[kernel]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What takes the place of a node: made of the new value of another."""
+
+    source: relay.Expr
+    make: Callable[[relay.Expr], relay.Expr]
+
+
+class Replacer(Rewriter):
+    """Puts replacements in their places."""
+
+    def __init__(self, replacements: Mapping[relay.Call, Replacement], nodes: list[relay.Expr]) -> None:
+        self.replacements = replacements
+        super().__init__(nodes)
+
+    def call(self, call: relay.Call) -> relay.Expr | None:
+        found = self.replacements.get(call)
+        return super().call(call) if found is None else found.make(self.value(found.source))
+
+
+def gather_seconds(layer: Layer, found: Gather) -> float:
+    """For the copy of the channels that a layer reads."""
+    assert layer.geometry is not None
+    geometry = layer.geometry
+    return COPY * geometry.batch * len(found.channels) * geometry.in_height * geometry.in_width
+
+
+def without_gather(geometry: ConvGeometry, found: Gather) -> ConvGeometry | None:
+    """Of a layer that reads all channels of the source; None where its groups do not divide them, or a group reads
+    channels of another."""
+    channels = int(found.source.checked_type.shape[1])
+    if channels % geometry.groups:
+        return None
+    groups, size = np.arange(geometry.groups)[:, None], channels // geometry.groups
+    own = bool(np.all(found.channels.reshape(geometry.groups, -1) // size == groups))
+    return replace(geometry, in_channels=channels) if own else None
+
+
+def scattered(filters: NDArray[np.float32], geometry: ConvGeometry, found: Gather) -> NDArray[np.float32]:
+    """Filters of the channels taken out, as filters of a layer that reads all channels."""
+    groups, channels = geometry.groups, geometry.in_channels // geometry.groups
+    whole = np.zeros((filters.shape[0], channels, *filters.shape[2:]), np.float32)
+    rows = filters.shape[0] // groups
+    for group, taken in enumerate(found.channels.reshape(groups, -1) % channels):
+        part = slice(group * rows, (group + 1) * rows)
+        for place, channel in enumerate(taken):
+            # Adds, as a channel may have been taken twice.
+            whole[part, channel] += filters[part, place]
+    return whole
+
+
+def layer_call(
+    op: str, geometry: ConvGeometry, filters: NDArray[np.float32], name: str, data: relay.Expr
+) -> relay.Call:
+    """An ``nn.conv2d`` or ``nn.dense``; its span holds the name, which CollectConvolutions finds there."""
+    if op == "nn.dense":
+        call = relay.nn.dense(data, relay.const(filters[:, :, 0, 0]))
+    else:
+        call = relay.nn.conv2d(
+            data,
+            relay.const(filters),
+            strides=geometry.strides,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+            channels=geometry.out_channels,
+            kernel_size=geometry.kernel,
+        )
+    span = tvm.ir.Span(tvm.ir.SourceName(name), 0, 0, 0, 0)
+    return relay.Call(call.op, call.args, call.attrs, call.type_args, span)
