@@ -14,7 +14,7 @@ from .recipe import Recipe, SparsityTable
 from .tasks import Task, evaluate
 from .winograd_inference import winograd_pruned
 
-__all__ = ["final_pruning", "holds", "measure_pruned", "measure_quantised", "quantise_and_tune"]
+__all__ = ["calibration", "final_pruning", "holds", "measure_pruned", "measure_quantised", "quantise_and_tune"]
 
 
 def final_pruning(model: nn.Module, plan: Recipe) -> JointSparsity | None:
@@ -28,6 +28,12 @@ def final_pruning(model: nn.Module, plan: Recipe) -> JointSparsity | None:
         return None
     shares = target.prune_spatial, target.prune_winograd
     return JointSparsity(model, *shares, target.tile, weighted=target.weighted, exclude=target.exclude)
+
+
+def calibration(task: Task, plan: Recipe, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Some batches as in training, but none that training sees; fewer where the data have no more."""
+    batches = task.dataset(plan.run.epochs, 0, 1)
+    return [batches[index] for index in range(min(count, len(batches)))]
 
 
 def holds(target: SparsityTable) -> bool:
@@ -77,11 +83,9 @@ def quantise_and_tune(
     table = plan.quantisation
     assert table is not None
     if table.increase:
-        batches = task.dataset(plan.run.epochs, 0, 1)
-        chosen = [batches[index] for index in range(min(table.calibration, len(batches)))]
         return quantize_within_(
             model,
-            chosen,
+            calibration(task, plan, table.calibration),
             table.increase,
             task.loss_name,
             objective=pruner,

@@ -1,8 +1,9 @@
 """Recipes: TOML files that say how a network is trained. Neither torch nor TVM is needed to read one.
 
-A recipe has the tables ``[run]``, ``[network]``, ``[data]``, ``[optimiser]`` and, where the model is to become sparse,
-``[sparsity]``, and where it is to be quantised and written to one file, ``[quantisation]``; the classes below are their
-keys. An unknown key or a value of the wrong kind is an error, so that a misspelt option cannot pass unnoticed.
+A recipe has the tables ``[run]``, ``[network]``, ``[data]``, ``[optimiser]`` and, where layers are to become sums of a
+sparse and a low-rank part, ``[approximation]``, where the model is to become sparse, ``[sparsity]``, and where it is to
+be quantised and written to one file, ``[quantisation]``; the classes below are their keys. An unknown key or a value of
+the wrong kind is an error, so that a misspelt option cannot pass unnoticed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "ApproximationTable",
     "DataTable",
     "NetworkTable",
     "OptimiserTable",
@@ -87,6 +89,20 @@ class OptimiserTable:
 
 
 @dataclass(frozen=True)
+class ApproximationTable:
+    """``[approximation]``, before training. ratio, budget, units, exclude, positions, iterations: of ``approximate``.
+    images: that it looks at, of the training data."""
+
+    ratio: float
+    budget: str = "parameters"
+    units: str = "channels"
+    exclude: list[str] = field(default_factory=list)
+    positions: int = 10_000
+    iterations: int = 60
+    images: int = 1024
+
+
+@dataclass(frozen=True)
 class SparsityTable:
     """``[sparsity]``. spatial, winograd, tile, weighted, alpha, floor, speed, exclude: of ``JointSparsity``; a domain
     at 0 is left out of training. ramp: share of all steps over which the targets rise. hold: final share of the steps
@@ -132,16 +148,25 @@ class Recipe:
     network: NetworkTable
     data: DataTable
     optimiser: OptimiserTable
+    approximation: ApproximationTable | None
     sparsity: SparsityTable | None
     quantisation: QuantisationTable | None
     table: dict[str, Any]
 
 
-_CHOICES = {("data", "kind"): ("super-resolution", "classification"), ("run", "precision"): ("fp32", "bf16")}
+_CHOICES = {
+    ("data", "kind"): ("super-resolution", "classification"),
+    ("run", "precision"): ("fp32", "bf16"),
+    ("approximation", "budget"): ("parameters", "multiplications"),
+    ("approximation", "units"): ("channels", "columns"),
+}
 _SHARES = ("ramp", "hold", "warmup")
 _SPARSITIES = ("spatial", "winograd", "prune_spatial", "prune_winograd")
-_NOT_NEGATIVE = ("threads", "evaluate_every", "weight_decay", "clip", "tuning_steps", "increase")
-_POSITIVE = ("epochs", "batch", "calibration", "scale", "patch", "steps", "rate", "alpha", "floor", "speed")
+_NOT_NEGATIVE = ("threads", "evaluate_every", "weight_decay", "clip", "tuning_steps", "increase", "iterations")
+_POSITIVE = (
+    *("epochs", "batch", "calibration", "scale", "patch", "steps", "rate"),
+    *("alpha", "floor", "speed", "positions", "images"),
+)
 
 
 def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -172,10 +197,18 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         network=_section(NetworkTable, "network", table, path),
         data=_section(DataTable, "data", table, path),
         optimiser=_section(OptimiserTable, "optimiser", table, path),
+        approximation=_approximation(table, path) if "approximation" in table else None,
         sparsity=_section(SparsityTable, "sparsity", table, path) if "sparsity" in table else None,
         quantisation=_quantisation(table, path) if "quantisation" in table else None,
         table=table,
     )
+
+
+def _approximation(table: Mapping[str, Any], path: Path) -> ApproximationTable:
+    read: ApproximationTable = _section(ApproximationTable, "approximation", table, path)
+    if read.ratio <= 1:
+        raise InputError(f"{path}: approximation.ratio is {read.ratio:g}; it must be greater than 1")
+    return read
 
 
 def _quantisation(table: Mapping[str, Any], path: Path) -> QuantisationTable:

@@ -4,7 +4,8 @@ It stands on Lightning (checkpoints, resume, several processes). Whoever has a t
 ``JointSparsity`` works in any. A run leaves in its output folder ``model.safetensors`` (the weights; spatially pruned
 where the recipe asks for sparsity, quantised where it asks for that), ``model.jsm`` (where they are quantised),
 ``history.csv`` (a header, then one line an epoch) and ``results.json`` (figures, recipe, seed, versions), which comes
-last and marks the run as finished. ``last.ckpt`` is there until then.
+last and marks the run as finished. ``last.ckpt`` is there until then, and ``approximation.pt`` (the layers done) where
+the recipe asks for an approximation.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import builds
+from .approximation import approximate
 from .errors import InputError
 from .history import Lines
 from .inspection import inspect
@@ -57,7 +59,7 @@ def train(
         output: folder for the results, made where missing.
         resume: go on from ``output/last.ckpt`` if there is one; where the run has finished, only return its results.
         weights: to start from, as ``state_dicts.load_weights`` reads them; required where the recipe says
-            ``pretrained = true``.
+            ``pretrained = true`` or approximates.
         overrides: recipe values to change, ``{"sparsity.spatial": 0}``.
         processes: how many processes share every batch (DDP).
 
@@ -73,7 +75,7 @@ def train(
     if finished is not None:
         return finished
     task = TASKS[plan.data.kind](plan, data)
-    if weights is None and plan.network.pretrained:
+    if weights is None and (plan.network.pretrained or plan.approximation is not None):
         raise InputError(f"{recipe}: starts from pre-trained weights; give them with --weights FILE.safetensors")
     output.mkdir(parents=True, exist_ok=True)
     lightning.seed_everything(plan.run.seed, workers=True, verbose=False)
@@ -82,10 +84,11 @@ def train(
     model = build(plan.network.name, **plan.network.options)
     if weights is not None:
         load_weights(model, weights)
-    # Before the training: what it refuses would otherwise come to light only after.
-    pruner = builds.final_pruning(model, plan)
     start = time.time()
     before = evaluate(task, model) if weights is not None and plan.run.evaluate_start else {}
+    model, approximated = _approximated(model, task, plan, output, processes)
+    # Before the training: what it refuses would otherwise come to light only after.
+    pruner = builds.final_pruning(model, plan)
     trainee = _Trainee(model, task, plan)
     _fit(trainee, plan, output, processes)
     if not trainee.trainer.is_global_zero:
@@ -102,15 +105,19 @@ def train(
         },
         "baseline": task.baseline(),
         "before": before,
+        **approximated,
         **_finish(trainee, pruner, output),
     }
     _save_weights(model, output / _WEIGHTS)
     _write_json(results, output / _RESULTS)
-    (output / _CHECKPOINT).unlink(missing_ok=True)
+    for name in _UNFINISHED:
+        (output / name).unlink(missing_ok=True)
     return results
 
 
 _CHECKPOINT = "last.ckpt"
+_LAYERS = "approximation.pt"
+_UNFINISHED = (_CHECKPOINT, _LAYERS)
 _WEIGHTS = "model.safetensors"
 _FILE = "model.jsm"
 _RESULTS = "results.json"
@@ -122,11 +129,12 @@ def _earlier_run(output: Path, plan: Recipe, resume: bool) -> dict[str, Any] | N
     Raises:
         InputError: there is a run, finished or not, that may not be resumed.
     """
-    file, checkpoint = output / _RESULTS, output / _CHECKPOINT
+    file = output / _RESULTS
     if not resume and file.exists():
         raise InputError(f"{file}: a finished run lies there; give another output folder, or remove it")
-    if not resume and checkpoint.exists():
-        raise InputError(f"{checkpoint}: an earlier run lies there; give --resume or another output folder")
+    for checkpoint in [] if resume else [output / name for name in _UNFINISHED]:
+        if checkpoint.exists():
+            raise InputError(f"{checkpoint}: an earlier run lies there; give --resume or another output folder")
     if not file.exists():
         return None
     try:
@@ -137,6 +145,34 @@ def _earlier_run(output: Path, plan: Recipe, resume: bool) -> dict[str, Any] | N
     if recipe != plan.table:
         raise InputError(f"{file}: of a finished run by another recipe; give another output folder")
     return dict(results)
+
+
+def _approximated(
+    model: nn.Module, task: Task, plan: Recipe, output: Path, processes: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with sums of parts for its layers, and figures; where the recipe does not ask for that, as it is."""
+    table = plan.approximation
+    if table is None:
+        return model, {}
+    if processes > 1:
+        raise InputError("the recipe approximates the model, which takes one process; leave --processes out")
+    made = approximate(
+        model,
+        builds.calibration(task, plan, -(-table.images // plan.data.batch)),
+        table.ratio,
+        budget=table.budget,
+        units=table.units,
+        loss=task.loss_name,
+        exclude=table.exclude,
+        positions=table.positions,
+        iterations=table.iterations,
+        seed=plan.run.seed,
+        checkpoint=output / _LAYERS,
+        progress=lambda line: print(f"approximating: {line}", flush=True),
+    )
+    weights = [sum(p.numel() for p in one.parameters() if p.dim() > 1) for one in (model, made)]
+    figures = {"weights": weights[1], "ratio": round(weights[0] / weights[1], 3)}
+    return made, {"approximation": figures, "approximated": evaluate(task, made)}
 
 
 def _finish(trainee: _Trainee, pruner: JointSparsity | None, output: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def show_written(path: Path) -> None:
 def show_training(results: Mapping[str, Any], output: Path) -> None:
     """What was measured: a line for each build, a column for each test set."""
     builds = {"dense": "dense", "spatial": "spatial", "winograd": "Winograd"}
-    references = {"baseline": "bicubic", "before": "before"}
+    references = {"baseline": "bicubic", "before": "before", "approximated": "approximated"}
     quantised = results.get("quantised", {})
     rows = {label: results[key] for key, label in (references | builds).items() if results.get(key)}
     rows |= {f"{label}, quantised": quantised[key] for key, label in builds.items() if key in quantised}

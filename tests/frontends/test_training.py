@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -211,12 +212,12 @@ def test_winograd_alone_is_measured_before_spatial_pruning(tmp_path: Path, data:
     assert results["spatial"]["photos"] != pytest.approx(trained, abs=1e-3)
 
 
+class Killed(Exception):
+    pass
+
+
 def kill(monkeypatch: pytest.MonkeyPatch, recipe: Path, data: Path, output: Path, epoch: int, step: int) -> None:
     """Train until the given step."""
-
-    class Killed(Exception):
-        pass
-
     whole_step = training._Trainee.training_step
 
     def dies(self: training._Trainee, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
@@ -276,6 +277,69 @@ def test_a_dense_classification_run_learns(tmp_path: Path, data: Path, capsys: p
     assert "epoch 8" in capsys.readouterr().out, "plain lines where there is no terminal"
 
 
+APPROXIMATION = """
+[approximation]
+ratio = 2.0
+images = 32
+positions = 200
+iterations = 5
+[quantisation]
+increase = 1e-2
+calibration = 2
+"""
+
+
+def test_an_approximated_run_ends_in_one_file(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = write(tmp_path / "dense.toml", CLASSIFICATION)
+    train(dense, data, tmp_path / "dense")
+    text = CLASSIFICATION + APPROXIMATION
+    recipe, start = write(tmp_path / "recipe.toml", text), tmp_path / "dense" / "model.safetensors"
+    results = train(recipe, data, tmp_path / "out", weights=start)
+    assert results["approximation"]["ratio"] == pytest.approx(2, abs=0.1)
+    assert results["approximated"]["test"] >= 0
+    assert inspect(tmp_path / "out" / "model.jsm").file_bytes == results["quantised"]["file_bytes"]
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+    # Killed when two layers are done: they are not made again.
+    capsys.readouterr()
+    module = sys.modules["jointsparse.frontends.approximation.approximate"]
+    fit = module.fit
+
+    def dies(original: Any, result: Any, name: str, *rest: Any, **options: Any) -> Any:
+        if name == "layer3.1.conv1":
+            raise Killed
+        return fit(original, result, name, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit", dies)
+        with pytest.raises(Killed):
+            train(recipe, data, tmp_path / "parts", weights=start)
+    with pytest.raises(InputError, match=r"approximation\.pt.*--resume"):
+        train(recipe, data, tmp_path / "parts", weights=start)
+    done = capsys.readouterr().out
+    train(recipe, data, tmp_path / "parts", resume=True, weights=start)
+    again = [line for line in capsys.readouterr().out.splitlines() if "approximating" in line]
+    assert not {line for line in done.splitlines() if "weights; error" in line} & set(again)
+    whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("out", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_an_approximation_takes_one_process(tmp_path: Path, data: Path) -> None:
+    text = CLASSIFICATION + APPROXIMATION
+    model = build("resnet20", width=4, classes=2)
+    save_file(model.state_dict(), tmp_path / "start.safetensors")
+    with pytest.raises(InputError, match="one process"):
+        train(
+            write(tmp_path / "recipe.toml", text),
+            data,
+            tmp_path / "out",
+            weights=tmp_path / "start.safetensors",
+            processes=2,
+        )
+
+
 def test_two_processes_share_every_batch(tmp_path: Path, data: Path) -> None:
     """The same weights as one process would make, up to rounding: the batch is shared out, not doubled."""
     table = "[quantisation]\nbits = 12\ntuning_steps = 2\n"
@@ -326,6 +390,9 @@ def test_shipped_recipes_are_sound() -> None:
         ("patch = 16", "patch = 64", "smaller patch"),
         ('train = "photos"', 'train = "elsewhere"', "elsewhere: no such folder"),
         ("options = ", "pretrained = true\noptions = ", "--weights"),
+        ("[sparsity]", "[approximation]\nratio = 2.0\n[sparsity]", "--weights"),
+        ("[sparsity]", "[approximation]\nratio = 1\n[sparsity]", "greater than 1"),
+        ("[sparsity]", "[approximation]\nratio = 2\nbudget = 'bytes'\n[sparsity]", "parameters or multiplications"),
     ],
 )
 def test_bad_recipes_are_refused_in_one_line(tmp_path: Path, data: Path, old: str, new: str, words: str) -> None:
