@@ -74,4 +74,4 @@ def _replacement(layer: Layer, found: Gather, alternatives: Alternatives) -> Rep
     if kernel == DENSE or seconds >= layer.costs[layer.kernel] + gather_seconds(layer, found):
         return None
     filters = scattered(layer.weight.value, geometry, found)
-    return Replacement(found.source, partial(layer_call, layer.op, geometry, filters, layer.name))
+    return Replacement(found.source, partial(layer_call, layer, filters))

@@ -143,11 +143,12 @@ def scattered(filters: NDArray[np.float32], geometry: ConvGeometry, found: Gathe
     return whole
 
 
-def layer_call(
-    op: str, geometry: ConvGeometry, filters: NDArray[np.float32], name: str, data: relay.Expr
-) -> relay.Call:
-    """An ``nn.conv2d`` or ``nn.dense``; its span holds the name, which CollectConvolutions finds there."""
-    if op == "nn.dense":
+def layer_call(layer: Layer, filters: NDArray[np.float32], data: relay.Expr, name: str | None = None) -> relay.Call:
+    """A layer with other filters, of whatever numbers of channels. Its span holds its name, or the one given, which
+    CollectConvolutions finds there."""
+    geometry = layer.geometry
+    assert geometry is not None
+    if layer.op == "nn.dense":
         call = relay.nn.dense(data, relay.const(filters[:, :, 0, 0]))
     else:
         call = relay.nn.conv2d(
@@ -157,8 +158,8 @@ def layer_call(
             padding=geometry.padding,
             dilation=geometry.dilation,
             groups=geometry.groups,
-            channels=geometry.out_channels,
+            channels=filters.shape[0],
             kernel_size=geometry.kernel,
         )
-    span = tvm.ir.Span(tvm.ir.SourceName(name), 0, 0, 0, 0)
+    span = tvm.ir.Span(tvm.ir.SourceName(name or layer.name), 0, 0, 0, 0)
     return relay.Call(call.op, call.args, call.attrs, call.type_args, span)

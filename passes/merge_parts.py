@@ -177,7 +177,7 @@ class _Merged:
     def call(self, data: relay.Expr) -> relay.Expr:
         """The layer and its bias."""
         first, *others = [addend.filters() for addend in self.addends]
-        call = layer_call(self.addends[0].layers[0].op, self.geometry, sum(others, start=first), self.name, data)
+        call = layer_call(self.addends[0].layers[0], sum(others, start=first), data, self.name)
         biases = [bias for addend in self.addends if (bias := addend.bias()) is not None]
         return call if not biases else relay.nn.bias_add(call, relay.const(np.sum(biases, axis=0).astype(np.float32)))
 

@@ -23,6 +23,7 @@ from .keep_tiles import KeepTiles
 from .layers import Worklist
 from .measured_costs import MeasuredCostModel
 from .merge_parts import MergeParts
+from .pad_pairs import PadPairs
 from .plan import Plan
 from .prune_winograd import PruneWinograd
 from .rewrite_convolutions import RewriteConvolutions
@@ -92,6 +93,7 @@ def sparsify(
         relay.transform.FoldExplicitPadding(),
         relay.transform.FoldScaleAxis(),
         # Phase 2. Layers that were approximated by sums of parts: in the form that is the fastest here.
+        PadPairs(planner),
         AbsorbGathers(worklist, planner),
         MergeParts(worklist, planner),
         # Phase 3. A kernel for each layer.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jointsparse.frontends import from_torch
 from jointsparse.frontends.approximation import SparseLowRank
-from jointsparse.passes import absorb_gathers, sparsify
+from jointsparse.passes import absorb_gathers, pad_pairs, sparsify
 from jointsparse.passes.plan import DENSE, DIRECT, Plan
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.winograd_pruning import ATTRIBUTE, WinogradPruning, dump
@@ -240,3 +240,17 @@ def test_random_sums(
     plan = planned(network(layer), (batch, inputs, 7, 9), costs)
     if costs == FEW_LAYERS:
         assert len(plan) == 1
+
+
+@pytest.mark.parametrize(
+    ("channels", "lanes", "padded"), [(53, 16, 64), (1, 16, 1), (3, 16, 4), (20, 16, 32), (24, 8, 24), (33, 16, 48)]
+)
+def test_padded_numbers_of_channels(channels: int, lanes: int, padded: int) -> None:
+    assert pad_pairs.suitable(channels, lanes) == padded
+
+
+def test_pairs_are_padded_for_dense_kernels() -> None:
+    net = network(nn.Sequential(nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(5, 40, 1)))
+    plan = planned(net, (1, 6, 7, 7), FEW_MULTIPLICATIONS)
+    assert [layer.weight_shape for layer in plan] == [(8, 6, 3, 3), (40, 8, 1, 1)]
+    assert [layer.name for layer in plan] == ["0.0", "0.1"]
