@@ -91,6 +91,7 @@ def _import(model: ModelProto, name: str) -> tuple[Any, dict[str, Any]]:
     from tvm import relay
 
     from ..schedules import llvm_workaround
+    from . import gather_indices
 
     llvm_workaround.apply()  # the importer compiles what it evaluates
     with _onnx_mapping(), warnings.catch_warnings():
@@ -98,7 +99,7 @@ def _import(model: ModelProto, name: str) -> tuple[Any, dict[str, Any]]:
         warnings.simplefilter("ignore")
         try:
             mod, params = relay.frontend.from_onnx(model, freeze_params=False)
-            mod = relay.transform.DynamicToStatic()(mod)
+            mod = relay.transform.DynamicToStatic()(gather_indices.plain(mod))
             return relay.transform.InferType()(mod), params
         # The importer lets everything through: its own errors, assertions, AttributeError, C++ errors of TVM.
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -156,7 +157,7 @@ class _Merged:
     @property
     def name(self) -> str:
         """What the names of the layers begin with, by whole words; else all of them."""
-        words = zip(*(name.split(".") for name in self.names), strict=False)
+        words = zip(*(re.split("[./]", name.strip("/")) for name in self.names), strict=False)
         common = takewhile(lambda same: len(set(same)) == 1, words)
         return ".".join(word for word, *_ in common) or "+".join(self.names)
 

@@ -131,7 +131,8 @@ class _Finder:
         """The layer, where that is what a constant is added to and nothing else reads it; else the node itself."""
         if not is_call(node, "add", "nn.bias_add"):
             return node, None
-        for layer, constant in (node.args, node.args[::-1]):
+        one, other = node.args
+        for layer, constant in ((one, other), (other, one)):
             if is_call(layer, *LAYERS) and self.uses[layer] == 1 and _is_bias(node, constant):
                 return layer, constant
         return node, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import tvm
 
@@ -119,9 +120,15 @@ _DEFAULT_L1_KIB = 32
 
 def cpu_facts(target: tvm.target.Target | str | None = None) -> CpuFacts:
     """Facts of a target's CPU; of the current target, or plain ``llvm``, when None."""
-    resolved = _resolve(target)
-    lanes, registers = _vector_unit(resolved)
-    name = str(resolved.attrs.get("mcpu", "")).replace("_", "-")
+    return _facts(str(_resolve(target)))
+
+
+@cache
+def _facts(text: str) -> CpuFacts:
+    """Of the target that this describes: LLVM takes a millisecond to tell its features, and cost models ask often."""
+    target = tvm.target.Target(text)
+    lanes, registers = _vector_unit(target)
+    name = str(target.attrs.get("mcpu", "")).replace("_", "-")
     l1, l2 = _L1_KIB.get(name, _DEFAULT_L1_KIB), _L2_KIB.get(name, _DEFAULT_L2_KIB)
     return CpuFacts(lanes, registers, 1024 * l1, 1024 * l2)
 
