@@ -55,7 +55,8 @@ class Measurement:
         engine, threads, isa: what was measured. seconds: for how long. version: of the engine.
         left_out: why there are no times; None if there are.
         error: relative RMS error against the reference; None if infinite, too. min_ms, median_ms: of ``runs`` runs.
-        turns_ms: the mean of each turn, in their order; the turns of all engines measured together go with each other.
+        turns_ms: the median of each turn, in their order; the turns of all engines measured together go with each
+            other.
         peak_bytes: most memory held to load and run the model once, the engine's own libraries not counted.
         build_seconds, build_bytes: of the package.
         plan: the package's convolutions, as in ``Plan.to_json``.
@@ -119,7 +120,7 @@ class Contestant:
             min_ms=1e3 * min(runs),
             median_ms=1e3 * statistics.median(runs),
             runs=len(runs),
-            turns_ms=[1e3 * statistics.fmean(turn) for turn in self.turns],
+            turns_ms=[1e3 * statistics.median(turn) for turn in self.turns],
         )
 
 

@@ -196,6 +196,26 @@ def test_reduction_over_no_axes_but_each_element(kind: str) -> None:
     np.testing.assert_allclose(_tvm(mod, params, x)[0], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("indices", "axis", "guarded"),
+    [([3, 0, 2], 1, False), ([0, 1], -1, False), ([2], 1, False), ([-1, 0], 1, True), ([[0, 3], [1, 1]], 1, False)],
+)
+def test_constant_indices_are_not_guarded(indices: list[Any], axis: int, guarded: bool) -> None:
+    node = helper.make_node("Gather", ["x", "i"], ["y"], axis=axis)
+    proto = model([node], {"x": (1, 4, 3, 5)}, {"i": np.array(indices, np.int64)})
+    mod = _assert_same(proto, floats(1, 4, 3, 5))
+    assert ("where" in str(mod)) == guarded
+
+
+def test_indices_computed_at_run_time_are_guarded() -> None:
+    nodes = [
+        helper.make_node("Cast", ["s"], ["i"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["x", "i"], ["y"], axis=1),
+    ]
+    proto = model(nodes, {"x": (1, 4, 3), "s": (2,)}, {})
+    _assert_same(proto, floats(1, 4, 3), np.array([-1.0, 2.0], np.float32))
+
+
 def test_reduction_of_opset_13() -> None:
     _assert_same(_reduction("Sum", [1, 3], 13), floats(2, 3, 4, 5))
 
