@@ -82,15 +82,21 @@ def run(cases: list[Case], engines: list[Engine], settings: list[Setting], resul
 
 
 def _measure(models: Models, case: Case, engines: list[Engine], settings: list[Setting], results: Results) -> None:
-    """Measure a row unless it is there, with the engines and numbers of threads that it had before as well."""
+    """Measure a row unless it is there, with the engines and numbers of threads that it had before as well, and no less
+    thoroughly."""
     if not any(results.lacks(case, engine, setting) for engine, setting in product(engines, settings)):
         return
     isa = settings[0].isa
     before = results.rows.get((case.network, case.sparsity, isa), [])
     names = {engine.name for engine in engines} | {one.engine for one in before}
     threads = sorted({setting.threads for setting in settings} | {one.threads for one in before})
+    setting = replace(
+        settings[0],
+        seconds=max([settings[0].seconds, *(one.seconds for one in before)]),
+        layers=settings[0].layers or any(one.operators is not None for one in before),
+    )
     entries = [
-        Entry(models.workbench(case, name), ENGINES[name], replace(settings[0], threads=number))
+        Entry(models.workbench(case, name), ENGINES[name], replace(setting, threads=number))
         for number, name in product(threads, [name for name in ENGINES if name in names])
     ]
     results.put(case, isa, compare(entries))

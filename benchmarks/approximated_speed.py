@@ -13,6 +13,7 @@ and with the share S of each part's weights pruned.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from jointsparse.frontends.approximation.regression import Factors
 from jointsparse.frontends.approximation.structures import Shape, Structure, shape_of
 from jointsparse.frontends.benchmark import ratio
 from jointsparse.frontends.engines import ENGINES
-from jointsparse.frontends.engines.measuring import Entry, Measurement, Setting, Workbench, compare
+from jointsparse.frontends.engines.measuring import Entry, Measurement, Setting, Workbench, check_setting, compare
+from jointsparse.frontends.errors import InputError
 
 RATIOS = {"vgg16": 4.4, "alexnet": 4.9, "googlenet": 2.9}
 """Of weights, before and after: the paper's."""
@@ -137,7 +139,8 @@ def table(name: str, rows: list[tuple[Build, Measurement, int]]) -> Table:
         plan = one.plan or []
         merged = sum("one layer again" in layer["reason"] for layer in plan)
         sparse = sum(layer["kernel"] != "dense" for layer in plan)
-        times = f"{one.min_ms:.2f}", f"{one.median_ms:.2f}", f"{ratio(rows[0][1], one):.2f}x"
+        gain = ratio(rows[0][1], one)
+        times = f"{one.min_ms:.2f}", f"{one.median_ms:.2f}", "" if gain is None else f"{gain:.2f}x"
         made.add_row(build.title, f"{weights:,}", *times, str(len(plan)), str(merged), str(sparse))
     return made
 
@@ -152,6 +155,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     given = parser.parse_args()
     setting = Setting(given.threads, seconds=given.seconds)
+    try:
+        check_setting(setting)
+    except InputError as error:
+        sys.exit(f"approximated_speed: {error}")
     for name in given.network:
         Console(width=130, highlight=False).print(table(name, measure(name, given.kept, given.sparsity, setting)))
 

@@ -69,10 +69,12 @@ class Results:
         return sorted(found, key=lambda one: list(ENGINES).index(one.engine))
 
     def lacks(self, case: Case, engine: Engine, setting: Setting) -> bool:
-        """Whether an engine has to be measured: it is not there, is of another version, or was measured for a shorter
-        time or without the operators that are asked for."""
+        """Whether an engine has to be measured: it is not there, failed, is of another version, or was measured for a
+        shorter time or without the operators that are asked for."""
         found = next((one for one in self.get(case, setting) if one.engine == engine.name), None)
         if found is None or found.version != _version(engine) or found.seconds < setting.seconds:
+            return True
+        if found.left_out is not None and found.left_out.startswith("failed"):
             return True
         return setting.layers and found.plan is not None and found.operators is None and found.left_out is None
 

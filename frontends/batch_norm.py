@@ -1,4 +1,4 @@
-"""Fold BatchNormalization into the convolution or Gemm before it, on the ONNX graph.
+"""Fold BatchNormalization into the convolution or Gemm before it, or into all of a sum of them, on the ONNX graph.
 
 ``BN(conv(x, W) + b) = conv(x, s W) + s (b - mean) + beta`` where ``s = gamma / sqrt(var + eps)``, for each channel.
 The scales are returned, so that a file can keep the codes of the unscaled weights. The order of operations is fixed:
@@ -44,7 +44,7 @@ def scaled(weight: NDArray[np.float32], scale: NDArray[np.float32], axis: int) -
 
 
 def fold(model: ModelProto) -> dict[str, Scaling]:
-    """Fold in place every BatchNormalization that directly follows a foldable operator; others stay.
+    """Fold in place every BatchNormalization that directly follows a foldable operator or a sum of them; others stay.
 
     Foldable are Conv, ConvTranspose without groups, and Gemm, with float32 weights known as initializers and read by
     nobody else; the statistics must be initializers too. A weight shared by several operators gets a copy for each
@@ -87,25 +87,42 @@ class _Folder:
 
     def try_fold(self, norm: NodeProto) -> None:
         """Fold one BatchNormalization, or leave it."""
-        host = self.producers.get(norm.input[0])
-        affine = self._affine(norm)
-        if host is None or affine is None or self.counts[norm.input[0]] != 1 or not self._single_output(norm):
-            return
-        axis = self._channel_axis(host)
-        if axis is None:
+        hosts, affine = self._hosts(norm.input[0]), self._affine(norm)
+        if hosts is None or affine is None or not self._single_output(norm):
             return
         scale, mean, beta = affine
-        weight = onnx_graph.array(self.constants[host.input[1]])
-        bias = self._bias(host, weight.shape[axis])
-        if weight.dtype != np.float32 or weight.shape[axis] != scale.size or bias is None:
+        weights, biases = self._weights(hosts, scale.size), [self._bias(host, scale.size) for host in hosts]
+        if weights is None or any(bias is None for bias in biases):
             return
-        self._scale_weight(host, weight, axis, scale)
-        folded_bias = (bias - mean) * scale.astype(np.float64) + beta
-        self._set_bias(host, folded_bias.astype(np.float32))
-        del host.output[:]
-        host.output.append(norm.output[0])
-        self.producers[norm.output[0]] = host
+        for number, (host, (weight, axis), bias) in enumerate(zip(hosts, weights, biases, strict=True)):
+            assert bias is not None
+            self._scale_weight(host, weight, axis, scale)
+            # Of a sum, the first takes the shift, and the others have a bias only where they had one.
+            folded = (bias - (mean if number == 0 else 0)) * scale.astype(np.float64) + (beta if number == 0 else 0)
+            if number == 0 or np.any(bias):
+                self._set_bias(host, folded.astype(np.float32))
+        last = self.producers[norm.input[0]]
+        del last.output[:]
+        last.output.append(norm.output[0])
+        self.producers[norm.output[0]] = last
         self.folded.add(norm.output[0])
+
+    def _hosts(self, name: str) -> list[NodeProto] | None:
+        """What a value that nobody else reads is computed by: one foldable operator, or the sum of several."""
+        node = self.producers.get(name)
+        if node is None or self.counts[name] != 1:
+            return None
+        if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
+            return [node] if self._channel_axis(node) is not None else None
+        addends = [self._hosts(operand) for operand in node.input]
+        return None if None in addends else [host for hosts in addends if hosts is not None for host in hosts]
+
+    def _weights(self, hosts: list[NodeProto], channels: int) -> list[tuple[NDArray[np.float32], int]] | None:
+        """Of each, and its axis of output channels; None unless all are float32 and have so many of these."""
+        axes = [(host, self._channel_axis(host)) for host in hosts]
+        found = [(onnx_graph.array(self.constants[host.input[1]]), axis) for host, axis in axes if axis is not None]
+        fits = all(weight.dtype == np.float32 and weight.shape[axis] == channels for weight, axis in found)
+        return found if fits else None
 
     def finish(self) -> None:
         """Drop the folded nodes and what only they read; carry the Winograd thresholds over."""

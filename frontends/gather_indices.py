@@ -21,13 +21,13 @@ def plain(mod: tvm.IRModule) -> tvm.IRModule:
 class _Guarded(DFPatternCallback):
     def __init__(self) -> None:
         super().__init__()
-        self.indices = is_constant()
-        guarded = is_op("where")(is_constant(), is_op("add")(self.indices, wildcard()), is_constant())
+        self.negative, self.indices = is_constant(), is_constant()
+        guarded = is_op("where")(self.negative, wildcard(), self.indices)
         self.data = wildcard()
         self.pattern = is_op("take")(self.data, guarded)
 
     def callback(self, pre: relay.Call, post: relay.Call, found: tvm.ir.container.Map) -> relay.Expr:
-        data, indices = found[self.data][0], found[self.indices][0]
-        if post.args[1].args[2] != indices or np.any(indices.data.numpy() < 0):
+        data, negative, indices = (found[part][0] for part in (self.data, self.negative, self.indices))
+        if np.any(negative.data.numpy()):
             return post
         return relay.Call(post.op, [data, indices], post.attrs, post.type_args, post.span)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import builds
-from .approximation import approximate
+from .approximation import HeldConv2d, approximate
 from .errors import InputError
 from .history import Lines
 from .inspection import inspect
@@ -74,6 +74,8 @@ def train(
     finished = _earlier_run(output, plan, resume)
     if finished is not None:
         return finished
+    if plan.approximation is not None and processes > 1:
+        raise InputError(f"{recipe}: approximates the model, which takes one process; leave --processes out")
     task = TASKS[plan.data.kind](plan, data)
     if weights is None and (plan.network.pretrained or plan.approximation is not None):
         raise InputError(f"{recipe}: starts from pre-trained weights; give them with --weights FILE.safetensors")
@@ -86,7 +88,7 @@ def train(
         load_weights(model, weights)
     start = time.time()
     before = evaluate(task, model) if weights is not None and plan.run.evaluate_start else {}
-    model, approximated = _approximated(model, task, plan, output, processes)
+    model, approximated = _approximated(model, task, plan, output)
     # Before the training: what it refuses would otherwise come to light only after.
     pruner = builds.final_pruning(model, plan)
     trainee = _Trainee(model, task, plan)
@@ -147,15 +149,11 @@ def _earlier_run(output: Path, plan: Recipe, resume: bool) -> dict[str, Any] | N
     return dict(results)
 
 
-def _approximated(
-    model: nn.Module, task: Task, plan: Recipe, output: Path, processes: int
-) -> tuple[nn.Module, dict[str, Any]]:
+def _approximated(model: nn.Module, task: Task, plan: Recipe, output: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model with sums of parts for its layers, and figures; where the recipe does not ask for that, as it is."""
     table = plan.approximation
     if table is None:
         return model, {}
-    if processes > 1:
-        raise InputError("the recipe approximates the model, which takes one process; leave --processes out")
     made = approximate(
         model,
         builds.calibration(task, plan, -(-table.images // plan.data.batch)),
@@ -170,7 +168,10 @@ def _approximated(
         checkpoint=output / _LAYERS,
         progress=lambda line: print(f"approximating: {line}", flush=True),
     )
+    # Weights held at zero are none.
+    held = sum(int(part.held.sum()) for part in made.modules() if isinstance(part, HeldConv2d))
     weights = [sum(p.numel() for p in one.parameters() if p.dim() > 1) for one in (model, made)]
+    weights[1] -= held
     figures = {"weights": weights[1], "ratio": round(weights[0] / weights[1], 3)}
     return made, {"approximation": figures, "approximated": evaluate(task, made)}
 

@@ -8,20 +8,12 @@ from functools import partial
 import tvm
 from tvm import relay
 
-from .alternatives import (
-    Alternatives,
-    Planner,
-    Replacement,
-    Replacer,
-    gather_seconds,
-    layer_call,
-    scattered,
-    without_gather,
-)
+from .alternatives import Alternatives, Planner, Replacement, layer_call, replace_layers
+from .gathers import gather_seconds, scattered, without_gather
 from .layers import Layer, Worklist
 from .parts import LAYERS, Gather, gathered
 from .plan import DENSE
-from .straight_graphs import is_call, rewrite_straight
+from .straight_graphs import is_call
 
 NOTE = "zero weights for the channels that it does not read, in place of a copy of the others"
 
@@ -44,10 +36,7 @@ class AbsorbGathers:
         self.planner = planner
 
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        def replacer(nodes: list[relay.Expr]) -> Replacer:
-            return Replacer(dict(self._replacements(nodes, Alternatives(mod, nodes, self.planner))), nodes)
-
-        return rewrite_straight(mod, LAYERS, replacer)
+        return replace_layers(mod, self.planner, self._replacements)
 
     def _replacements(
         self, nodes: list[relay.Expr], alternatives: Alternatives

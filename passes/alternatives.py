@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -18,12 +18,9 @@ from .collect_convolutions import why_not_kernels
 from .convolutions import is_convolution
 from .costs import CostModel
 from .layers import Layer, Worklist
-from .parts import Gather
+from .parts import LAYERS
 from .plan import DENSE
-from .straight_graphs import Rewriter
-
-COPY = 0.4e-9
-"""Seconds for an element that is read and written once more."""
+from .straight_graphs import Rewriter, rewrite_straight
 
 
 @dataclass(frozen=True)
@@ -100,9 +97,20 @@ class Replacement:
     make: Callable[[relay.Expr], relay.Expr]
 
 
-class Replacer(Rewriter):
-    """Puts replacements in their places."""
+Finder = Callable[[list[relay.Expr], Alternatives], Iterable[tuple[relay.Call, Replacement]]]
+"""Tells which nodes of a graph are to be replaced by what."""
 
+
+def replace_layers(mod: tvm.IRModule, planner: Planner, find: Finder) -> tvm.IRModule:
+    """``@main`` with replacements in their places; with control flow or functions inside handed back unchanged."""
+
+    def replacer(nodes: list[relay.Expr]) -> Rewriter:
+        return _Replacer(dict(find(nodes, Alternatives(mod, nodes, planner))), nodes)
+
+    return rewrite_straight(mod, LAYERS, replacer)
+
+
+class _Replacer(Rewriter):
     def __init__(self, replacements: Mapping[relay.Call, Replacement], nodes: list[relay.Expr]) -> None:
         self.replacements = replacements
         super().__init__(nodes)
@@ -110,37 +118,6 @@ class Replacer(Rewriter):
     def call(self, call: relay.Call) -> relay.Expr | None:
         found = self.replacements.get(call)
         return super().call(call) if found is None else found.make(self.value(found.source))
-
-
-def gather_seconds(layer: Layer, found: Gather) -> float:
-    """For the copy of the channels that a layer reads."""
-    assert layer.geometry is not None
-    geometry = layer.geometry
-    return COPY * geometry.batch * len(found.channels) * geometry.in_height * geometry.in_width
-
-
-def without_gather(geometry: ConvGeometry, found: Gather) -> ConvGeometry | None:
-    """Of a layer that reads all channels of the source; None where its groups do not divide them, or a group reads
-    channels of another."""
-    channels = int(found.source.checked_type.shape[1])
-    if channels % geometry.groups:
-        return None
-    groups, size = np.arange(geometry.groups)[:, None], channels // geometry.groups
-    own = bool(np.all(found.channels.reshape(geometry.groups, -1) // size == groups))
-    return replace(geometry, in_channels=channels) if own else None
-
-
-def scattered(filters: NDArray[np.float32], geometry: ConvGeometry, found: Gather) -> NDArray[np.float32]:
-    """Filters of the channels taken out, as filters of a layer that reads all channels."""
-    groups, channels = geometry.groups, geometry.in_channels // geometry.groups
-    whole = np.zeros((filters.shape[0], channels, *filters.shape[2:]), np.float32)
-    rows = filters.shape[0] // groups
-    for group, taken in enumerate(found.channels.reshape(groups, -1) % channels):
-        part = slice(group * rows, (group + 1) * rows)
-        for place, channel in enumerate(taken):
-            # Adds, as a channel may have been taken twice.
-            whole[part, channel] += filters[part, place]
-    return whole
 
 
 def layer_call(layer: Layer, filters: NDArray[np.float32], data: relay.Expr, name: str | None = None) -> relay.Call:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from functools import partial
+from itertools import count, takewhile
 
 import numpy as np
 import tvm
@@ -13,21 +14,11 @@ from numpy.typing import NDArray
 from tvm import relay
 
 from ..schedules.geometry import ConvGeometry
-from .alternatives import (
-    COPY,
-    Alternatives,
-    Planner,
-    Replacement,
-    Replacer,
-    gather_seconds,
-    layer_call,
-    scattered,
-    without_gather,
-)
+from .alternatives import Alternatives, Planner, Replacement, layer_call, replace_layers
+from .gathers import COPY, gather_seconds, scattered, without_gather
 from .layers import Layer, Worklist
-from .parts import LAYERS, Part, find_sums
-from .plan import DIRECT
-from .straight_graphs import rewrite_straight
+from .parts import Part, find_sums
+from .plan import DENSE
 
 
 @tvm.transform.module_pass(opt_level=0, name="MergeParts")
@@ -49,36 +40,37 @@ class MergeParts:
         self.planner = planner
 
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        def replacer(nodes: list[relay.Expr]) -> Replacer:
-            return Replacer(dict(self._replacements(nodes, Alternatives(mod, nodes, self.planner))), nodes)
-
-        return rewrite_straight(mod, LAYERS, replacer)
+        before, merged = self.worklist.notes, dict[str, str]()
+        while True:
+            # A merged layer may be part of another sum.
+            self.worklist.notes, known = {**before, **merged}, len(merged)
+            mod = replace_layers(mod, self.planner, partial(self._replacements, merged))
+            if len(merged) == known:
+                return mod
 
     def _replacements(
-        self, nodes: list[relay.Expr], alternatives: Alternatives
+        self, merged: dict[str, str], nodes: list[relay.Expr], alternatives: Alternatives
     ) -> Iterator[tuple[relay.Call, Replacement]]:
+        """Args: merged: gets a note on every merged layer, by its name."""
+        notes = self.worklist.notes
         for found in find_sums(nodes):
             if not all(call in alternatives.layers for call in found.layers):
                 continue
             addends = [_Addend.of(part, [alternatives.layers[call] for call in part.layers]) for part in found.parts]
-            merged = _Merged.of([addend for addend in addends if addend is not None])
-            if merged is None or None in addends:
+            whole = _Merged.of([addend for addend in addends if addend is not None])
+            if whole is None or None in addends:
                 continue
-            gain = merged.seconds_apart / merged.seconds(alternatives)
-            self._note(merged, gain)
+            gain = whole.seconds_apart / whole.seconds(alternatives)
             if gain > 1:
-                yield found.result, Replacement(found.source, merged.call)
-
-    def _note(self, merged: _Merged, gain: float) -> None:
-        notes, names = self.worklist.notes, merged.names
-        if gain > 1:
-            for name in names:
-                notes.pop(name, None)
-            notes[merged.name] = f"one layer again, {gain:.2g} times as fast as its {len(names)} parts"
-            return
-        for name in names:
-            note = f"part of {merged.name}, which as one layer would take {1 / gain:.2g} times as long"
-            notes[name] = f"{notes[name]}; {note}" if name in notes else note
+                for name in whole.names:
+                    notes.pop(name, None)
+                name = next(name for name in _numbered(whole.name) if name not in merged)
+                merged[name] = f"one layer again, {gain:.2g} times as fast as its {len(whole.names)} parts"
+                yield found.result, Replacement(found.source, partial(whole.call, name))
+                continue
+            for name in whole.names:
+                note = f"part of {whole.name}, which as one layer would take {1 / gain:.2g} times as long"
+                notes[name] = f"{notes[name]}; {note}" if name in notes else note
 
 
 @dataclass(frozen=True)
@@ -110,13 +102,16 @@ class _Addend:
         copy = 0.0 if self.part.gather is None else gather_seconds(self.layers[0], self.part.gather)
         return copy + sum(layer.costs[layer.kernel] for layer in self.layers)
 
-    @property
-    def nonzeros(self) -> int:
-        """At most, of the weights of the layer that the part stands for."""
-        weight = _value(self.layers[0])
+    def nonzeros(self, kernel: str) -> int | None:
+        """At most, of the weights by which a sparse kernel multiplies of the layer that the part stands for; None if it
+        could be any number."""
+        first = self.layers[0]
+        if kernel not in first.nonzeros:
+            return None
         if len(self.layers) == 1:
-            return int(np.count_nonzero(weight))
-        return int(np.count_nonzero(np.any(weight != 0, axis=0))) * self.geometry.out_channels
+            return first.nonzeros[kernel]
+        # Both domains are linear in the filters: what is zero in all of the first layer stays so.
+        return int(np.count_nonzero(np.any(first.sparse_weight(kernel) != 0, axis=0))) * self.geometry.out_channels
 
     def filters(self) -> NDArray[np.float32]:
         """Of the layer that the part stands for."""
@@ -168,19 +163,28 @@ class _Merged:
         return sum(addend.seconds for addend in self.addends) + COPY * outputs * (len(self.addends) - 1)
 
     def seconds(self, alternatives: Alternatives) -> float:
-        """For the one layer. Its Winograd weights are pruned like those of the first part."""
+        """For the one layer."""
         first = self.addends[0].layers[0]
-        whole = Layer("", first.op, geometry=self.geometry)
-        nonzeros = {kernel: round(whole.weights(kernel) * (1 - first.sparsity(kernel))) for kernel in first.nonzeros}
-        nonzeros[DIRECT] = min(whole.weights(DIRECT), sum(addend.nonzeros for addend in self.addends))
+        nonzeros = {kernel: self._nonzeros(kernel) for kernel in first.nonzeros if kernel != DENSE}
         return alternatives.best(first, self.geometry, nonzeros)[1]
 
-    def call(self, data: relay.Expr) -> relay.Expr:
+    def _nonzeros(self, kernel: str) -> int:
+        weights = Layer("", "", geometry=self.geometry).weights(kernel)
+        counts = [addend.nonzeros(kernel) for addend in self.addends]
+        return min(weights, sum(weights if count is None else count for count in counts))
+
+    def call(self, name: str, data: relay.Expr) -> relay.Expr:
         """The layer and its bias."""
         first, *others = [addend.filters() for addend in self.addends]
-        call = layer_call(self.addends[0].layers[0], sum(others, start=first), data, self.name)
+        call = layer_call(self.addends[0].layers[0], sum(others, start=first), data, name)
         biases = [bias for addend in self.addends if (bias := addend.bias()) is not None]
         return call if not biases else relay.nn.bias_add(call, relay.const(np.sum(biases, axis=0).astype(np.float32)))
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """As CollectConvolutions tells layers of one name apart."""
+    yield name
+    yield from (f"{name}#{number}" for number in count(2))
 
 
 def _value(layer: Layer) -> NDArray[np.float32]:

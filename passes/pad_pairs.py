@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from tvm import relay
 
 from ..schedules.targets import cpu_facts
-from .alternatives import Alternatives, Planner, Replacement, Replacer, layer_call
-from .layers import Layer
-from .parts import LAYERS, Part, find_sums
-from .straight_graphs import rewrite_straight
+from .alternatives import Alternatives, Planner, Replacement, layer_call, replace_layers
+from .layers import Layer, Worklist
+from .parts import Part, find_sums
+from .plan import DENSE
 
 
 @tvm.transform.module_pass(opt_level=0, name="PadPairs")
@@ -22,32 +22,36 @@ class PadPairs:
     TVM's dense kernels.
 
     Those compute as many output channels at a time as the largest divisor of their number that fits a vector: 53
-    channels one by one (448 to 53 channels, 3x3, 28x28, AVX-512: 21.0 ms), 64 by sixteen (4.1 ms). Sparse kernels skip
-    the zeros. Without groups only; pairs with Winograd thresholds of the model's own stay as they are.
+    channels one by one (448 to 53 channels, 3x3, 28x28, AVX-512: 21.0 ms), 64 by sixteen (4.1 ms). Only where such a
+    kernel is chosen for the first layer, and without groups; pairs with Winograd thresholds of the model's own stay as
+    they are.
 
     Args:
+        worklist: gets a note on every layer so changed.
         planner: how kernels will be chosen.
     """
 
-    def __init__(self, planner: Planner) -> None:
+    def __init__(self, worklist: Worklist, planner: Planner) -> None:
+        self.worklist = worklist
         self.planner = planner
 
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        def replacer(nodes: list[relay.Expr]) -> Replacer:
-            return Replacer(dict(self._replacements(nodes, Alternatives(mod, nodes, self.planner))), nodes)
-
-        return rewrite_straight(mod, LAYERS, replacer)
+        return replace_layers(mod, self.planner, self._replacements)
 
     def _replacements(
         self, nodes: list[relay.Expr], alternatives: Alternatives
     ) -> Iterator[tuple[relay.Call, Replacement]]:
+        lanes = cpu_facts(self.planner.target).lanes
         for part in (part for found in find_sums(nodes) for part in found.parts):
             if len(part.layers) == 1 or not all(call in alternatives.layers for call in part.layers):
                 continue
             first, last = (alternatives.layers[call] for call in part.layers)
             assert first.geometry is not None
-            channels = suitable(first.geometry.out_channels, cpu_facts(self.planner.target).lanes)
-            if first.geometry.groups == 1 and channels > first.geometry.out_channels:
+            assert last.geometry is not None
+            before = first.geometry.out_channels
+            channels = suitable(before, lanes)
+            if first.kernel == DENSE and first.geometry.groups == last.geometry.groups == 1 and channels > before:
+                self.worklist.notes[first.name] = f"{before} filters, and {channels - before} of zeros to fill vectors"
                 yield part.layers[-1], _padded(part, first, last, channels)
 
 

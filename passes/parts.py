@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import tvm
 from numpy.typing import NDArray
 from tvm import relay
 
@@ -72,46 +73,71 @@ class Sum:
 
 
 def find_sums(nodes: Sequence[relay.Expr]) -> list[Sum]:
-    """The sums of a graph, none within another.
+    """The sums of a graph, and the pairs that are in none; no layer is in two of them.
 
     Args:
         nodes: all of the graph, operands first, with their types.
     """
     finder = _Finder(nodes)
-    sums = [found for node in nodes if (found := finder.sum(node)) is not None]
-    inner = {layer for one in sums for layer in one.layers}
-    return sums + [pair for node in nodes if node not in inner and (pair := finder.lone_pair(node, inner)) is not None]
+    # The last addition of a sum first, so that it is found as a whole.
+    return [found for node in reversed(nodes) if (found := finder.take(node)) is not None][::-1]
 
 
 def gathered(layer: relay.Call) -> Gather | None:
     """The channels that a layer reads, where a ``take`` or ``strided_slice`` of no more than channels is before it."""
     data = layer.args[0]
-    if len(data.checked_type.shape) != (2 if is_call(layer, "nn.dense") else 4):
+    if not is_call(data, "take", "strided_slice"):
         return None
-    if is_call(data, "take"):
-        return _taken(data)
-    return _sliced(data) if is_call(data, "strided_slice") else None
+    before = _sizes(data.args[0])
+    if before is None or len(before) != _rank(layer) or len(data.checked_type.shape) != len(before):
+        return None
+    channels = _taken(data, len(before)) if is_call(data, "take") else _sliced(data, before)
+    if channels is None or np.any((channels < 0) | (channels >= before[1])):
+        return None
+    return Gather(data.args[0], channels)
 
 
 class _Finder:
     def __init__(self, nodes: Sequence[relay.Expr]) -> None:
         self.uses = Counter(operand for node in nodes for operand in operands(node))
+        self.taken: set[relay.Expr] = set()
 
-    def sum(self, node: relay.Expr) -> Sum | None:
+    def take(self, node: relay.Expr) -> Sum | None:
+        """The sum or the pair whose result a node is, unless a layer of it has been taken before."""
+        found = self._sum(node) or self._pair(node)
+        if found is None or not self.taken.isdisjoint(found.layers):
+            return None
+        self.taken.update(found.layers)
+        return found
+
+    def _sum(self, node: relay.Expr) -> Sum | None:
         """An addition of parts of one source."""
-        if not is_call(node, "add"):
+        parts = self._addends(node) if is_call(node, "add") else None
+        if parts is None:
             return None
-        one, other = (self._part(operand) for operand in node.args)
-        if one is None or other is None or not one.source.same_as(other.source):
-            return None
-        return Sum(node, (one, other)) if one.layers[0].op == other.layers[0].op else None
+        first, *others = parts
+        same = all(one.source.same_as(first.source) and one.layers[0].op == first.layers[0].op for one in others)
+        return Sum(node, tuple(parts)) if same else None
 
-    def lone_pair(self, node: relay.Expr, inner: set[relay.Call]) -> Sum | None:
-        """A pair of layers that is no part of a sum. What its last layer adds stays outside."""
-        if not is_call(node, *LAYERS):
-            return None
-        part = self._layers(node)
-        return Sum(node, (part,)) if len(part.layers) == 2 and not inner.intersection(part.layers) else None
+    def _addends(self, addition: relay.Call) -> list[Part] | None:
+        """Of an addition, and of those whose results only it reads; None if any is no part."""
+        parts: list[Part] = []
+        waiting = list(addition.args)
+        while waiting:
+            node = waiting.pop(0)
+            part = self._part(node)
+            if part is not None:
+                parts.append(part)
+            elif is_call(node, "add") and self.uses[node] == 1:
+                waiting += node.args
+            else:
+                return None
+        return parts
+
+    def _pair(self, node: relay.Expr) -> Sum | None:
+        """Two layers. What is added to the result of the last stays outside."""
+        part = self._layers(node) if is_call(node, *LAYERS) else None
+        return Sum(node, (part,)) if part is not None and len(part.layers) == 2 else None
 
     def _part(self, node: relay.Expr) -> Part | None:
         layer, bias = self._without_bias(node)
@@ -133,20 +159,33 @@ class _Finder:
             return node, None
         one, other = node.args
         for layer, constant in ((one, other), (other, one)):
-            if is_call(layer, *LAYERS) and self.uses[layer] == 1 and _is_bias(node, constant):
+            if is_call(layer, *LAYERS) and self.uses[layer] == 1 and _is_bias(node, layer, constant):
                 return layer, constant
         return node, None
 
 
-def _is_bias(node: relay.Call, constant: relay.Expr) -> bool:
-    """Whether the constant is one number for each channel of the node."""
-    if not isinstance(constant, relay.Constant):
+def _is_bias(node: relay.Call, layer: relay.Call, constant: relay.Expr) -> bool:
+    """Whether the constant that a node adds to a layer is one number for each of its channels."""
+    sizes = _sizes(layer)
+    if not isinstance(constant, relay.Constant) or sizes is None or sizes != _sizes(node):
         return False
-    shape, whole = constant.data.shape, [int(size) for size in node.checked_type.shape]
+    if len(sizes) != _rank(layer):
+        return False
+    shape, behind = tuple(constant.data.shape), (1,) * (len(sizes) - 2)
     if is_call(node, "nn.bias_add"):
-        return int(node.attrs.axis) in (1, 1 - len(whole))
-    behind = len(whole) - 2
-    return shape in ((1, whole[1], *(1,) * behind), (whole[1], *(1,) * behind))
+        return shape == (sizes[1],) and int(node.attrs.axis) in (1, 1 - len(sizes))
+    return shape in ((1, sizes[1], *behind), (sizes[1], *behind))
+
+
+def _rank(layer: relay.Call) -> int:
+    """Axes of the data that a layer is known to take here."""
+    return 2 if is_call(layer, "nn.dense") else 4
+
+
+def _sizes(node: relay.Expr) -> list[int] | None:
+    """The shape of a node's value; None where it is not static."""
+    shape = node.checked_type.shape
+    return [int(size) for size in shape] if all(isinstance(size, tvm.tir.IntImm) for size in shape) else None
 
 
 def _is_pointwise(layer: relay.Call) -> bool:
@@ -158,33 +197,24 @@ def _is_pointwise(layer: relay.Call) -> bool:
     return set(sizes) == {1} and not any(int(size) for size in attrs.padding)
 
 
-def _taken(node: relay.Call) -> Gather | None:
-    data, indices = node.args
-    axis, axes = node.attrs.axis, len(data.checked_type.shape)
+def _taken(node: relay.Call, axes: int) -> NDArray[np.int64] | None:
+    axis, indices = node.attrs.axis, node.args[1]
     if axis is None or int(axis) % axes != 1 or not isinstance(indices, relay.Constant):
         return None
     channels = indices.data.numpy().astype(np.int64)
-    return _gather(data, channels) if channels.ndim == 1 else None
+    return channels if channels.ndim == 1 else None
 
 
-def _sliced(node: relay.Call) -> Gather | None:
-    data, attrs = node.args[0], node.attrs
-    before, behind = data.checked_type.shape, node.checked_type.shape
-    others = [axis for axis in range(len(before)) if axis != 1]
-    if len(node.args) > 1 or any(before[axis] != behind[axis] for axis in others):
+def _sliced(node: relay.Call, before: list[int]) -> NDArray[np.int64] | None:
+    attrs, behind = node.attrs, _sizes(node)
+    if len(node.args) > 1 or behind is None or attrs.slice_mode != "end":
         return None
-    axes = range(len(before)) if attrs.axes is None else [int(axis) % len(before) for axis in attrs.axes]
-    places = dict(zip(axes, range(len(attrs.begin)), strict=False))
-    if 1 not in places or attrs.slice_mode != "end":
+    axes = range(len(attrs.begin)) if attrs.axes is None else [int(axis) % len(before) for axis in attrs.axes]
+    # Strides may be fewer than axes: those of the others are 1.
+    strides = [int(stride) for stride in attrs.strides] + [1] * len(axes)
+    starts = {axis: (int(start), stride) for axis, start, stride in zip(axes, attrs.begin, strides, strict=False)}
+    others = (axis for axis in range(len(before)) if axis != 1)
+    if any(behind[axis] != before[axis] or starts.get(axis, (0, 1))[1] != 1 for axis in others):
         return None
-    steps = [int(step) for step in attrs.strides] or [1]
-    step = steps[places[1]] if len(steps) > 1 else steps[0]
-    start = int(attrs.begin[places[1]])
-    size, count = int(before[1]), int(behind[1])
-    first = start + size if start < 0 else start
-    return _gather(data, first + step * np.arange(count, dtype=np.int64))
-
-
-def _gather(source: relay.Expr, channels: NDArray[np.int64]) -> Gather | None:
-    size = int(source.checked_type.shape[1])
-    return Gather(source, channels) if np.all((channels >= 0) & (channels < size)) else None
+    start, stride = starts.get(1, (0, 1))
+    return (start + before[1] if start < 0 else start) + stride * np.arange(behind[1], dtype=np.int64)

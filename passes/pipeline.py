@@ -48,6 +48,9 @@ def sparsify(
     not support (another data type, layout or operator, a dynamic shape, a target without sparse kernels, weights that
     are not constant), each with its reason in the plan.
 
+    Sums of layers that stand for one (``frontends.approximate``) are put into the form that is the fastest, unless
+    ``winograd_sparsity`` is asked for.
+
     Args:
         mod: Relay, weights as parameters or as constants.
         params: by name, tvm NDArray or numpy; None if the module has its weights bound.
@@ -92,10 +95,9 @@ def sparsify(
         relay.transform.FoldConstant(),
         relay.transform.FoldExplicitPadding(),
         relay.transform.FoldScaleAxis(),
-        # Phase 2. Layers that were approximated by sums of parts: in the form that is the fastest here.
-        PadPairs(planner),
-        AbsorbGathers(worklist, planner),
-        MergeParts(worklist, planner),
+        # Phase 2. Layers that were approximated by sums of parts: in the form that is the fastest here. Not where a
+        # share of the Winograd weights is to be pruned, which is a share of those that the model has.
+        *([] if winograd_sparsity else [step(worklist, planner) for step in (PadPairs, AbsorbGathers, MergeParts)]),
         # Phase 3. A kernel for each layer.
         *planning(worklist),
         # Phase 4. Sparse operators for the layers chosen, the weights of the others constants; no conversion in vain.

@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -100,7 +100,10 @@ class Contestant:
         assert self.process is not None
         self.process.tell(seconds)
         try:
-            self.turns.append(self.process.answer())
+            answer = self.process.answer()
+            if isinstance(answer, dict):
+                raise LeftOut(answer["left_out"])
+            self.turns.append(answer)
         except LeftOut as error:
             self.process = None
             self.measurement = replace(self.measurement, left_out=str(error))
@@ -149,6 +152,9 @@ def compare(entries: Sequence[Entry], progress: Callable[[str], None] = lambda s
         contestants = []
         for entry in entries:
             progress(entry.engine.title)
+            entry.workbench.build(entry.engine, entry.setting.isa)
+        # Not before all are built: compilers need memory as well.
+        for entry in entries:
             contestants.append(entry.workbench.enter(entry.engine, entry.setting, stack))
         take_turns(contestants)
         measurements = [contestant.result() for contestant in contestants]
@@ -176,12 +182,18 @@ class Workbench:
 
     model: Path
     folder: Path
-    _builds: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    _builds: dict[tuple[str, str], dict[str, Any] | LeftOut] = field(default_factory=dict)
     _references: dict[tuple[str, ...], Path | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.inputs = self.folder / "inputs.npz"
         np.savez(self.inputs, **random_inputs(self.model))  # type: ignore[arg-type]  # its stub takes all for options
+
+    def build(self, engine: Engine, isa: str) -> None:
+        """Do ahead of time what an engine does then; what stands against it is told by ``enter``."""
+        with suppress(LeftOut):
+            if engine.why_not(isa) is None:
+                self._build(engine, isa)
 
     def enter(self, engine: Engine, setting: Setting, stack: ExitStack) -> Contestant:
         """Build, load and compare with the reference; what cannot be is in ``left_out``. The process ends with the
@@ -216,10 +228,15 @@ class Workbench:
         if not engine.ahead_of_time:
             return {"path": str(self.model), "winograd": [], "layers": []}
         if (engine.name, isa) not in self._builds:
-            self._builds[engine.name, isa] = run_job(
-                "build", {}, engine=engine.name, model=str(self.model), folder=str(self.folder), isa=isa
-            )
-        return self._builds[engine.name, isa]
+            arguments = {"engine": engine.name, "model": str(self.model), "folder": str(self.folder), "isa": isa}
+            try:
+                self._builds[engine.name, isa] = run_job("build", {}, **arguments)
+            except LeftOut as error:
+                self._builds[engine.name, isa] = error
+        found = self._builds[engine.name, isa]
+        if isinstance(found, LeftOut):
+            raise found
+        return found
 
     def _load(self, engine: Engine, made: dict[str, Any], setting: Setting) -> Process:
         reference = self._reference(tuple(sorted(made["winograd"])))

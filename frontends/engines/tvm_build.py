@@ -38,12 +38,11 @@ class TvmBuild(Engine):
             import tvm
         except ImportError:
             raise LeftOut("Apache TVM 0.19 is not installed; install jointsparse anew") from None
-        if self.domain == "dense":
-            return str(tvm.__version__)
         try:
             own = version("jointsparse")
         except PackageNotFoundError:  # run from the sources
             own = "0"
+        # The passes may put layers together for dense kernels, too.
         return f"{own}+{digest()}, TVM {tvm.__version__}"
 
     def target(self, isa: str) -> str:

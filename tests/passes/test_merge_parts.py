@@ -3,6 +3,7 @@ did."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from tvm import relay
 
 from jointsparse.frontends import from_torch
 from jointsparse.frontends.approximation import SparseLowRank
@@ -21,7 +23,7 @@ from jointsparse.passes.plan import DENSE, DIRECT, Plan
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.winograd_pruning import ATTRIBUTE, WinogradPruning, dump
 from tests.host import HOST
-from tests.passes.relay_nets import build_and_run, data, import_torch, in_fp64
+from tests.passes.relay_nets import build_and_run, data, import_torch, in_fp64, prune
 from tests.reference import relative_rms
 
 
@@ -254,3 +256,130 @@ def test_pairs_are_padded_for_dense_kernels() -> None:
     plan = planned(net, (1, 6, 7, 7), FEW_MULTIPLICATIONS)
     assert [layer.weight_shape for layer in plan] == [(8, 6, 3, 3), (40, 8, 1, 1)]
     assert [layer.name for layer in plan] == ["0.0", "0.1"]
+
+
+# --- graphs that are not what they look like -------------------------------------------------------------------------
+
+
+def constant(*shape: int, seed: int = 0) -> relay.Constant:
+    return relay.const(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def convolution(
+    x: relay.Expr, filters: int, channels: int, size: int = 1, seed: int = 0, groups: int = 1
+) -> relay.Expr:
+    weight = constant(filters, channels // groups, size, size, seed=seed)
+    options = {"channels": filters, "kernel_size": (size, size), "padding": (size // 2, size // 2)}
+    return relay.nn.conv2d(x, weight, groups=groups, **options)
+
+
+Build = Callable[[relay.Expr], relay.Expr]
+
+GRAPHS: dict[str, tuple[Build, int]] = {
+    # What is built of x, 1 x 8 x 6 x 7, and how many layers stay.
+    "flipped": (
+        lambda x: relay.add(
+            convolution(relay.strided_slice(x, [0, 5], [4, -7], [1, -1], axes=[1, 2]), 5, 4),
+            convolution(relay.strided_slice(x, [4], [8], axes=[1]), 5, 4, seed=1),
+        ),
+        2,
+    ),
+    "fewer strides than axes": (
+        lambda x: relay.add(
+            convolution(relay.strided_slice(x, [0, 1], [1, 5], strides=[2]), 5, 4),
+            convolution(relay.strided_slice(x, [4], [8], axes=[1]), 5, 4, seed=1),
+        ),
+        1,
+    ),
+    "backwards": (
+        lambda x: relay.add(
+            convolution(relay.strided_slice(x, [-1], [-9], [-2], axes=[1]), 5, 4),
+            convolution(relay.take(x, relay.const([1, 1, 3]), axis=1), 5, 3, seed=1),
+        ),
+        1,
+    ),
+    "rows taken": (lambda x: convolution(relay.take(x, relay.const([1, 2, 3]), axis=2), 5, 8, 3), 1),
+    "indices beyond": (lambda x: convolution(relay.take(x, relay.const([1, 9]), axis=1, mode="clip"), 5, 2), 1),
+    "a grouped layer behind": (lambda x: convolution(convolution(x, 10, 8, 3), 20, 10, groups=2), 2),
+    "a constant that makes channels": (
+        lambda x: convolution(relay.add(convolution(x, 1, 8), constant(1, 8, 1, 1)), 5, 8, seed=2),
+        2,
+    ),
+    "channels repeated by the sum": (lambda x: relay.add(convolution(x, 1, 8), convolution(x, 5, 8, seed=1)), 2),
+    "three parts": (
+        lambda x: relay.add(
+            relay.add(convolution(x, 5, 8), convolution(x, 5, 8, seed=1)), convolution(x, 5, 8, seed=2)
+        ),
+        1,
+    ),
+    "a chain of pairs": (lambda x: convolution(convolution(convolution(x, 6, 8), 5, 6, seed=1), 9, 5, seed=2), 1),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("costs", [FEW_LAYERS, Costs(0.0, 1e-9, DIRECT)], ids=["merge", "direct"])
+def test_graphs_compute_what_they_did(name: str, costs: Costs) -> None:
+    build, layers = GRAPHS[name]
+    x = relay.var("x", shape=(1, 8, 6, 7))
+    mod = tvm.IRModule.from_expr(relay.nn.relu(build(x)))
+    result, left, plan = sparsify(mod, {}, HOST, cost_model=costs)
+    again, _, second = sparsify(result, left, HOST, cost_model=costs)
+    values = data((1, 8, 6, 7))
+    assert relative_rms(build_and_run(result, left, values), build_and_run(mod, {}, values)) < 5e-5
+    if costs is FEW_LAYERS:
+        assert len(plan) == layers
+        tvm.ir.assert_structural_equal(again["main"], result["main"])
+        assert [layer.name for layer in second] == [layer.name for layer in plan]
+
+
+def test_an_open_batch_is_left_alone() -> None:
+    x = relay.var("x", shape=(relay.Any(), 6, 8, 8))
+    block = relay.add(relay.nn.bias_add(convolution(x, 6, 6, 3), constant(6)), x)
+    _, _, plan = sparsify(tvm.IRModule.from_expr(block), {}, HOST)
+    assert [layer.reason.partition(":")[0] for layer in plan] == ["dynamic shape"]
+
+
+def test_two_sums_of_one_name_are_told_apart() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b = nn.ModuleList(nn.Conv2d(6, 6, 1) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.b[0](x) + self.b[1](x))
+            return self.b[2](x) + self.b[3](x)
+
+    plan = planned(Twice(), (1, 6, 5, 5), FEW_LAYERS)
+    assert [layer.name for layer in plan] == ["b", "b#2"]
+    assert all("one layer again" in layer.reason for layer in plan)
+
+
+@pytest.mark.parametrize("size", [14, 28, 56])
+@pytest.mark.parametrize("sparsity", [0.0, 0.8, 0.95])
+def test_what_is_built_is_never_predicted_slower_than_the_parts(size: int, sparsity: float) -> None:
+    """By the costs that are shipped, merging a pair of sparse layers does not pay: their product is dense."""
+    net = prune(network(approximated(64, 64, 3, kept=8, rank=32, padding=1)), sparsity)
+    mod, params = import_torch(net, (1, 64, size, size))
+    target = "llvm -mcpu=skylake-avx512"
+    _, _, plan = sparsify(mod, params, target)
+    parts = [nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(56, 32, 3, padding=1), nn.Conv2d(32, 64, 1)]
+    layer = net[0]
+    for made, one in zip(parts, (layer.sparse, layer.reduce, layer.expand), strict=True):
+        made.weight = one.weight
+    apart = [sparsify(*import_torch(one, (1, one.in_channels, size, size)), target)[2].cost for one in parts]
+    copies = 64 * size * size * 2 * 0.4e-6
+    assert plan.cost <= sum(apart) + copies + 1e-9
+
+
+def test_a_share_of_the_winograd_weights_is_one_of_those_that_there_are() -> None:
+    """Zeros that the passes would put in do not count."""
+    layer = approximated(64, 64, 3, kept=8, rank=13, padding=1)
+    net = nn.Sequential(layer, nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
+    mod, params = import_torch(net, (1, 64, 14, 14))
+    _, _, plan = sparsify(mod, params, HOST, "winograd", winograd_sparsity=0.5, tile=4)
+    assert {one.weight_shape[0] for one in plan} == {64, 13}
+    zeros = [
+        one.winograd_sparsity["winograd_f4"] * np.prod(one.weight_shape[:2]) for one in plan if one.winograd_sparsity
+    ]
+    weights = [np.prod(one.weight_shape[:2]) for one in plan if one.winograd_sparsity]
+    assert sum(zeros) / sum(weights) == pytest.approx(0.5, abs=0.01)
