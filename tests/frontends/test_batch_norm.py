@@ -115,6 +115,39 @@ def test_convolution_read_by_others_as_well_is_left(reader: str) -> None:
     assert not scalings
 
 
+@pytest.mark.parametrize("biases", [(), ("one",), ("other",), ("one", "other")])
+def test_a_sum_of_convolutions(biases: tuple[str, ...]) -> None:
+    """As an approximated layer is one; what three are is folded as well."""
+    constants = {"w": floats(6, 4, 3, 3), "v": floats(6, 4, 1, 1, seed=8), "u": floats(6, 4, 1, 1, seed=7)}
+    constants |= {name: floats(6, seed=10 + len(name)) for name in biases} | _statistics(6)
+    own = [[name] if name in biases else [] for name in ("one", "other")]
+    nodes = [
+        helper.make_node("Conv", ["x", "w", *own[0]], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["x", "v", *own[1]], ["b"]),
+        helper.make_node("Conv", ["x", "u"], ["c"]),
+        helper.make_node("Add", ["a", "b"], ["d"]),
+        helper.make_node("Add", ["d", "c"], ["e"]),
+        _norm("e", "f"),
+        helper.make_node("Relu", ["f"], ["y"]),
+    ]
+    folded, scalings = _assert_same_after_folding(model(nodes, {"x": (1, 4, 5, 5)}, constants), floats(1, 4, 5, 5))
+    assert _types(folded) == ["Conv", "Conv", "Conv", "Add", "Add", "Relu"]
+    assert set(scalings) == {"w", "v", "u"}
+
+
+@pytest.mark.parametrize("other", ["x", "a"])
+def test_a_sum_with_something_else_is_left(other: str) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node("Add", ["a", other], ["s"]),
+        _norm("s", "y"),
+    ]
+    proto = model(nodes, {"x": (1, 4, 5, 5)}, {"w": floats(4, 4, 1, 1), **_statistics(4)})
+    folded, scalings = _assert_same_after_folding(proto, floats(1, 4, 5, 5))
+    assert _types(folded) == ["Conv", "Add", "BatchNormalization"]
+    assert not scalings
+
+
 def test_two_norms_in_a_row_fold_one() -> None:
     constants = {"w": floats(4, 4, 1, 1), **_statistics(4), **_statistics(4, "m")}
     nodes = [helper.make_node("Conv", ["x", "w"], ["c"]), _norm("c", "n"), _norm("n", "y", "m")]

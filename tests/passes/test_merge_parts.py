@@ -289,7 +289,7 @@ GRAPHS: dict[str, tuple[Build, int]] = {
             convolution(relay.strided_slice(x, [0, 1], [1, 5], strides=[2]), 5, 4),
             convolution(relay.strided_slice(x, [4], [8], axes=[1]), 5, 4, seed=1),
         ),
-        1,
+        2,
     ),
     "backwards": (
         lambda x: relay.add(
