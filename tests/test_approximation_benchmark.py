@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks import approximation, decompositions
+from benchmarks import approximated_speed, approximation, decompositions, networks
+from jointsparse.frontends.approximation.structures import Shape, Structure
+from jointsparse.frontends.engines.measuring import Setting
 from jointsparse.frontends.networks import build
 
 RECIPE = """
@@ -85,3 +87,28 @@ def test_rows_are_kept_and_the_same_command_goes_on(
     assert [row["method"] for row in rows] == ["svd", "ours", "tucker"]
     assert all(2 <= row["parameter_ratio"] < 2.5 and set(row["after"]) == {"test"} for row in rows)
     assert "fine-tuned" in capsys.readouterr().out
+
+
+def test_a_structure_has_the_ratio() -> None:
+    shape = Shape(1, 64, 48, 9)
+    structure = approximated_speed.structure_of(shape, 0.125, 4.0)
+    assert structure is not None
+    assert structure.kept == 6
+    assert shape.cost(structure) <= shape.weights / 4 < shape.cost(Structure(6, structure.rank + 1))
+    assert approximated_speed.structure_of(Shape(1, 4, 4, 1), 0.9, 4.0) is None, "the kept channels are too many"
+
+
+def test_speed_of_an_approximated_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiny() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
+
+    monkeypatch.setitem(networks.NETWORKS, "tiny", networks.Network("Tiny", tiny, (1, 3, 12, 12)))
+    monkeypatch.setitem(approximated_speed.RATIOS, "tiny", 2.0)
+    rows = approximated_speed.measure("tiny", 0.25, 0.5, Setting(seconds=0.01))
+    assert [one.left_out for _, one, _ in rows] == [None] * 4
+    dense, *others = [weights for *_, weights in rows]
+    assert dense == 16 * 3 * 9 + 32 * 16 * 9
+    assert all((dense - 16 * 3 * 9) / (weights - 16 * 3 * 9) == pytest.approx(2, abs=0.2) for weights in others)
+    table = approximated_speed.table("tiny", rows)
+    assert table.row_count == 4
+    assert next(iter(table.columns[4].cells)) == "1.00x"
