@@ -8,9 +8,9 @@ from functools import partial
 import tvm
 from tvm import relay
 
-from .alternatives import Alternatives, Planner, Replacement, layer_call, replace_layers
+from .alternatives import Alternatives, Replacement, ReplacingPass, layer_call
 from .gathers import gather_seconds, scattered, without_gather
-from .layers import Layer, Worklist
+from .layers import Layer
 from .parts import LAYERS, Gather, gathered
 from .plan import DENSE
 from .straight_graphs import is_call
@@ -19,7 +19,7 @@ NOTE = "zero weights for the channels that it does not read, in place of a copy 
 
 
 @tvm.transform.module_pass(opt_level=0, name="AbsorbGathers")
-class AbsorbGathers:
+class AbsorbGathers(ReplacingPass):
     """Let a layer read an image as it is, with zero weights, where it reads channels taken out of that image, a sparse
     kernel will run it and that is predicted to be faster than the copy.
 
@@ -31,16 +31,10 @@ class AbsorbGathers:
         planner: how kernels will be chosen.
     """
 
-    def __init__(self, worklist: Worklist, planner: Planner) -> None:
-        self.worklist = worklist
-        self.planner = planner
-
-    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        return replace_layers(mod, self.planner, self._replacements)
-
-    def _replacements(
+    def replacements(
         self, nodes: list[relay.Expr], alternatives: Alternatives
     ) -> Iterator[tuple[relay.Call, Replacement]]:
+        """For each layer to be changed."""
         for node in nodes:
             found = gathered(node) if is_call(node, *LAYERS) else None
             layer = None if found is None else alternatives.layers.get(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,6 +109,28 @@ def replace_layers(mod: tvm.IRModule, planner: Planner, find: Finder) -> tvm.IRM
         return _Replacer(dict(find(nodes, Alternatives(mod, nodes, planner))), nodes)
 
     return rewrite_straight(mod, LAYERS, replacer)
+
+
+class ReplacingPass(ABC):
+    """What passes that replace single layers share.
+
+    Args:
+        worklist: gets a note on every layer replaced. planner: how kernels will be chosen.
+    """
+
+    def __init__(self, worklist: Worklist, planner: Planner) -> None:
+        self.worklist = worklist
+        self.planner = planner
+
+    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        """For TVM."""
+        return replace_layers(mod, self.planner, self.replacements)
+
+    @abstractmethod
+    def replacements(
+        self, nodes: list[relay.Expr], alternatives: Alternatives
+    ) -> Iterable[tuple[relay.Call, Replacement]]:
+        """What is to be replaced by what, of all nodes of a graph."""
 
 
 class _Replacer(Rewriter):

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from tvm import relay
 
 from ..schedules.targets import cpu_facts
-from .alternatives import Alternatives, Planner, Replacement, layer_call, replace_layers
-from .layers import Layer, Worklist
+from .alternatives import Alternatives, Replacement, ReplacingPass, layer_call
+from .layers import Layer
 from .parts import Part, find_sums
 from .plan import DENSE
 
 
 @tvm.transform.module_pass(opt_level=0, name="PadPairs")
-class PadPairs:
+class PadPairs(ReplacingPass):
     """Give the pairs of layers in sums more channels in between, of zero weights, where their number does not suit
     TVM's dense kernels.
 
@@ -31,16 +31,10 @@ class PadPairs:
         planner: how kernels will be chosen.
     """
 
-    def __init__(self, worklist: Worklist, planner: Planner) -> None:
-        self.worklist = worklist
-        self.planner = planner
-
-    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        return replace_layers(mod, self.planner, self._replacements)
-
-    def _replacements(
+    def replacements(
         self, nodes: list[relay.Expr], alternatives: Alternatives
     ) -> Iterator[tuple[relay.Call, Replacement]]:
+        """For each layer to be changed."""
         lanes = cpu_facts(self.planner.target).lanes
         for part in (part for found in find_sums(nodes) for part in found.parts):
             if len(part.layers) == 1 or not all(call in alternatives.layers for call in part.layers):
