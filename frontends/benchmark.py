@@ -18,7 +18,7 @@ from .engines.measuring import Entry, Measurement, Setting, Workbench, check_set
 from .errors import InputError
 
 JSON_FORMAT = "jointsparse.bench"
-JSON_VERSION = 1
+JSON_VERSION = 2
 
 DEFAULT_SETTING = Setting()
 DEFAULT_PEERS = ("onnxruntime", "openvino", "torch")

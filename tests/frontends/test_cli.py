@@ -282,7 +282,7 @@ def test_bench(command: Command, model: Path) -> None:
     done = command("bench", model, "--against", "onnxruntime", "--seconds", 0.01, "--json")
     assert done.code == 0, done.err
     document = json.loads(done.out)
-    assert (document["format"], document["version"]) == ("jointsparse.bench", 1)
+    assert (document["format"], document["version"]) == ("jointsparse.bench", 2)
     assert (document["threads"], document["isa"], document["seconds"]) == (1, "native", 0.01)
     assert set(document["machine"]) == {"cpu", "llvm_cpu", "cores", "system", "python"}
     engines = {entry["engine"]: entry for entry in document["engines"]}
