@@ -128,7 +128,8 @@ def ratio(slow: Measurement | None, fast: Measurement | None) -> float | None:
 
 def _engine(measurement: Measurement) -> dict[str, Any]:
     """One entry of ``engines`` in the JSON."""
-    keys = ("version", "left_out", "error", "min_ms", "median_ms", "runs", "peak_bytes", "build_seconds", "build_bytes")
+    times = ("min_ms", "median_ms", "runs", "turns_ms")
+    keys = ("version", "left_out", "error", *times, "peak_bytes", "build_seconds", "build_bytes")
     values = asdict(measurement)
     name = measurement.engine
     return {"engine": name, "precision": ENGINES[name].precision, **{key: values[key] for key in keys}}
