@@ -15,7 +15,7 @@ from .container import AXES_MOST, INDEX_MOST, TENSORS_MOST, TYPES, WEIGHTS_MOST
 from .container_json import check_keys, is_int, is_name, is_positive_float32, parse_json, refuse
 from .errors import InputError
 
-__all__ = ["Entry", "checked_entries", "comes_coded", "is_float32", "item_size", "parse_index"]
+__all__ = ["Entry", "checked_entries", "comes_coded", "item_size", "parse_index"]
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _check_fields(
             raise refuse(name, "book must be the number of a codebook")
     if kind == "shared":
         other = seen.get(fields["of"]) if isinstance(fields["of"], str) else None
-        if other is None or other.kind == "shared" or list(other.shape) != shape or not is_float32(other):
+        if other is None or other.kind == "shared" or list(other.shape) != shape or not _is_float32(other):
             raise refuse(name, "it must share a float32 tensor of its shape that stands before it")
 
 
@@ -171,7 +171,7 @@ def comes_coded(entry: Entry) -> bool:
     return entry.kind == "codes" and entry.fields["coder"] in _CODES
 
 
-def is_float32(entry: Entry) -> bool:
+def _is_float32(entry: Entry) -> bool:
     return entry.kind == "codes" or entry.fields.get("type") == "float32"
 
 
