@@ -47,6 +47,7 @@ def _compute_direct(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], target
         plan=direct_plan_of(attrs),
         shape=unpack(ConvGeometry, attrs).out_shape,
         activation=unpack(Activation, attrs),
+        prefetch=target.kind.name == "llvm",
     )
 
 

@@ -22,7 +22,7 @@ from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .direct_plan import DirectPlan
 from .epilogues import Activation
 from .row_code import copy_every, each_run, each_vector
-from .vector_code import VectorCode, part_of
+from .vector_code import LINE, VectorCode, is_far, part_of
 
 
 def sparse_direct(
@@ -31,6 +31,7 @@ def sparse_direct(
     plan: DirectPlan,
     shape: tuple[int, int, int, int],
     activation: Activation,
+    prefetch: bool,
 ) -> te.Tensor:
     """Convolve, add, activate.
 
@@ -38,11 +39,16 @@ def sparse_direct(
         arguments: data (N, C, H, W), float32, of the plan's geometry; SparseRows of formats.pack_direct for the plan;
             bias (K,); residual of the shape of the result.
         shape: of the result; not the plan's, if that has the image in one row.
+        prefetch: whether code for the target can fetch ahead.
 
     Returns:
         (N, K, output height, output width).
     """
-    return convolution("direct", shape, arguments, lambda buffers: _Kernel(buffers, plan, activation).emit())
+    return convolution("direct", shape, arguments, lambda buffers: _Kernel(buffers, plan, activation, prefetch).emit())
+
+
+_FILTERS_AHEAD = 4
+"""From the one whose sums are computed to the one whose outputs are fetched."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,13 @@ class _Work:
 class _Kernel:
     """Emits one convolution."""
 
-    def __init__(self, buffers: ConvolutionBuffers, plan: DirectPlan, activation: Activation) -> None:
+    def __init__(self, buffers: ConvolutionBuffers, plan: DirectPlan, activation: Activation, prefetch: bool) -> None:
         self.buffers = buffers
         self.plan = plan
         self.geometry = plan.geometry
         self.activation = activation
         self.ib = tvm.tir.ir_builder.create()
-        self.code = VectorCode(self.ib, plan.lanes)
+        self.code = VectorCode(self.ib, plan.lanes, prefetch=prefetch)
 
     def emit(self) -> tir.Stmt:
         if self.plan.in_parts:
@@ -226,6 +232,7 @@ class _Kernel:
         code, plan = self.code, self.plan
         with code.loop(count, "k") as i:
             k = code.let(first + i)
+            self._fetch_result(work, channels, code.let(k + _FILTERS_AHEAD))
             with code.loop(plan.panels, "panel") as panel:
                 self._add_to_panel(work, channels, k, panel)
             if plan.visits == 1:
@@ -233,6 +240,17 @@ class _Kernel:
                 return
             with self.ib.if_scope(channels == plan.visits - 1):
                 self._finish(work, k)
+
+    def _fetch_result(self, work: _Work, channels: tir.PrimExpr, k: tir.PrimExpr) -> None:
+        """The outputs of a filter in a block, where they are about to be written."""
+        plan, geometry = self.plan, self.geometry
+        if not is_far(geometry.out_channels * geometry.out_height * geometry.out_width):
+            return
+        with self.ib.if_scope(tir.And(channels == plan.visits - 1, k < geometry.out_channels)):
+            with self.code.loop(plan.rows, "row") as row:
+                for x in range(0, plan.cols, LINE):
+                    place = (work.block.image, k, work.block.top + row, work.block.left + x)
+                    self.code.fetch(self.buffers.result, *place)
 
     def _add_to_panel(self, work: _Work, channels: tir.PrimExpr, k: tir.PrimExpr, panel: tir.PrimExpr) -> None:
         """Sums in registers, non-zeros outside, vectors inside."""

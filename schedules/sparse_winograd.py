@@ -21,7 +21,7 @@ from .tile_chunks import Chunks
 from .tile_images import ImageEnds, Images, why_not_images
 from .tile_planes import Planes
 from .tiles import CHUNKS
-from .vector_code import VectorCode, part_of
+from .vector_code import VectorCode, is_far, part_of
 from .winograd_plan import WinogradPlan
 from .winograd_steps import Inputs, Own, Reader, Store, WinogradSteps, Writer
 
@@ -59,11 +59,6 @@ def sparse_winograd(
     )
 
 
-_FAR = 1 << 22
-"""Bytes of an image that is to be fetched ahead: of one that L2 holds it hardly gains anything. Measured with 1.6 to
-236 MB."""
-
-
 class _Images(Protocol):
     """Some vectors of tiles, wherever their pixels are; see tile_planes.py, tile_chunks.py and tile_images.py."""
 
@@ -71,6 +66,9 @@ class _Images(Protocol):
     def own(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Own: ...
     def writer(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Writer: ...
     def clear(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> None: ...
+    def fetch_row(
+        self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr, number: tir.PrimExpr
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -157,14 +155,34 @@ class _Kernel:
         code, plan = self.code, self.plan
         products = self._allocate("M", plan.positions * plan.product_stride)
         busy = self._busy_positions()
+        target, first = self._images(block, self.ends.nchw_result), code.let(part * plan.part_filters)
         with code.loop(len(plan.busy), "number") as number:
             here, following = (code.let(busy.vload([number + ahead])) for ahead in (0, 1))
-            self.steps.multiply(here, following, part, block.length, inputs, products)
-        target, first = self._images(block, self.ends.nchw_result), code.let(part * plan.part_filters)
+            fetch = partial(self._fetch_result, block, target, first, number)
+            self.steps.multiply(here, following, part, block.length, inputs, products, fetch)
         with code.loop(part_of(plan.part_filters, self.geometry.out_channels, first), "k") as row:
             k = code.let(first + row)
             target.clear(self.buffers.result, block.image, k)
             self.steps.transform_output(k, row, block.length, products, self._writer(target, block.image, k))
+
+    def _fetch_result(
+        self, block: _Block, target: _Images, first: tir.PrimExpr, number: tir.PrimExpr, bundle: tir.PrimExpr
+    ) -> None:
+        """What will be written of a bundle's filters, a share at each position: products need only what is near."""
+        code, plan, together = self.code, self.plan, self.plan.blocking.together
+        if not self._is_far(self.geometry.out_channels):
+            return
+        rows = block.length * plan.layout.m
+        share = -(-together * rows // len(plan.busy))
+        for i in range(share):
+            row = code.let(number * share + i)
+            with self.ib.if_scope(row < together * rows):
+                k = code.let(first + bundle * together + row // rows)
+                target.fetch_row(self.buffers.result, block.image, k, code.let(tir.floormod(row, rows)))
+
+    def _is_far(self, channels: int) -> bool:
+        """Whether an image of so many channels is."""
+        return is_far(channels * self.plan.layout.length)
 
     def _allocate(self, name: str, elements: int) -> tir.Buffer:
         return self.ib.allocate("float32", elements, name=name, scope="global")._buffer
@@ -181,7 +199,7 @@ class _Kernel:
         layout = self.plan.layout
         if layout.form != CHUNKS:
             return Planes(self.code, layout, block.first, block.length)
-        far = 4 * self.geometry.in_channels * layout.length > _FAR
+        far = self._is_far(self.geometry.in_channels)
         return (Images if nchw else Chunks)(self.code, layout, block.first, block.length, fetch=far)
 
     def _writer(self, target: _Images, image: tir.PrimExpr, k: tir.PrimExpr) -> Writer:

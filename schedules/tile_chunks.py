@@ -95,6 +95,13 @@ class Chunks:
 
         return at_vector
 
+    def fetch_row(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr, number: tir.PrimExpr) -> None:
+        """Before it is written, of a channel: row ``number % m`` of vector ``number // m``."""
+        code, m, lanes = self.code, self.layout.m, self.layout.lanes
+        first = code.let(self._chunk(number // m * lanes) + tir.floormod(number, m) * (m * lanes))
+        for element in range(0, m * lanes, LINE):
+            code.fetch(buffer, image, channel, first + element)
+
     def _chunk(self, vector: tir.PrimExpr) -> tir.PrimExpr:
         """Where that of a vector is; the first of all is not of the image."""
         return self.code.let((1 + self.first + vector // self.layout.lanes) * self.size)

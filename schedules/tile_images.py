@@ -17,7 +17,7 @@ from functools import partial
 from tvm import tir
 
 from .tiles import CHUNKS, TileLayout
-from .vector_code import VectorCode
+from .vector_code import LINE, VectorCode
 from .winograd_plan import WinogradPlan
 from .winograd_steps import Load, Own, Pixels, Reader, Store, Writer
 
@@ -145,6 +145,14 @@ class Images:
 
     def clear(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> None:
         """There is nothing around an image."""
+
+    def fetch_row(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr, number: tir.PrimExpr) -> None:
+        """Before it is written, of a channel: row ``number % m`` of vector ``number // m``."""
+        code, m = self.code, self.layout.m
+        place = self._place(code.let(number // m * self.layout.lanes))
+        y = code.let(place.top + tir.floormod(number, m))
+        for x in range(0, m * self.layout.lanes, LINE):
+            code.fetch(buffer, image, channel, y, place.left + x)
 
     def _place(self, vector: tir.PrimExpr, ahead: int = 0) -> _Place:
         code, layout = self.code, self.layout

@@ -77,6 +77,15 @@ class Planes:
 
         return at_vector
 
+    def fetch_row(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr, number: tir.PrimExpr) -> None:
+        """Before it is written, of a channel: row ``number % m`` of vector ``number // m``, without what lies beside
+        tiles as well."""
+        code, layout = self.code, self.layout
+        place = code.let(self.place + number // layout.m * layout.lanes)
+        row = code.let(tir.floormod(number, layout.m))
+        for col in range(layout.m):
+            code.fetch(buffer, image, channel, place + layout.plane(row, col))
+
     def _inside(self, vector: tir.PrimExpr, i: int, col: int, value: tir.PrimExpr) -> tir.PrimExpr:
         """Zero where pixel (i, col) of the tiles from a place on is not of the image."""
         code, layout = self.code, self.layout

@@ -113,11 +113,13 @@ class WinogradSteps:
         vectors: int,
         inputs: Inputs,
         products: tir.Buffer,
+        meanwhile: Callable[[tir.PrimExpr], None],
     ) -> None:
         """``M = U V`` at one position for a part of the filters: sums in registers, non-zeros outside, vectors inside.
 
         Args:
             following: the position that comes next.
+            meanwhile: emits what else is to be done for a bundle, by its number within the part.
         """
         code, plan, together = self.code, self.plan, self.plan.blocking.together
         buffers = self.buffers
@@ -132,6 +134,7 @@ class WinogradSteps:
             for one in chain(*sums):
                 code.set(one, code.splat(0.0))
             self._fetch_next(inputs.buffer, inputs.first + following * plan.input_stride, within)
+            meanwhile(within)
             # In 64 bits, so that what is added to them becomes part of an address.
             first_entry, first_input = (code.let(tir.Cast("int64", at)) for at in (first_nonzero * together, base))
             with code.loop(count, "e") as e:

@@ -72,7 +72,7 @@ def test_direct_buffers_are_those_of_the_code(geometry: ConvGeometry, target: st
     plan = direct_plan(geometry, cpu_facts(target))
     shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
     inputs = arguments(shape, geometry.out_channels * plan.channel_blocks, geometry.out_channels)
-    result = sparse_direct(inputs, plan=plan, shape=geometry.out_shape, activation=Activation())
+    result = sparse_direct(inputs, plan=plan, shape=geometry.out_shape, activation=Activation(), prefetch=True)
     sizes = allocated(inputs, result)
     assert direct_buffers(plan) == {"packed input": sizes.get("planes", 0), "sums": sizes["sums"]}
     # Registers apart, which are small arrays.

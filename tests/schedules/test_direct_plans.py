@@ -62,7 +62,9 @@ def run_plan(
     inputs = [te.placeholder(a.shape, str(a.dtype), name=f"a{i}") for i, a in enumerate(arrays)]
     names = ("data", "values", "indices", "indptr", "bias", "residual")
     arguments = Arguments(**dict(zip(names, inputs, strict=True)))
-    result = sparse_direct(arguments, plan=plan, shape=geometry.out_shape, activation=Activation("leaky_relu", 0.5))
+    result = sparse_direct(
+        arguments, plan=plan, shape=geometry.out_shape, activation=Activation("leaky_relu", 0.5), prefetch=True
+    )
     kernel = tvm.build(te.create_schedule(result.op), [*inputs, result], target)
     out = tvm.nd.empty(geometry.out_shape)
     kernel(*[tvm.nd.array(a) for a in arrays], out)

@@ -19,7 +19,7 @@ from tvm.contrib import graph_executor
 from jointsparse.passes.absorb_conversions import AbsorbConversions
 from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
 from jointsparse.passes.keep_tiles import KeepTiles
-from jointsparse.schedules import sparse_winograd
+from jointsparse.schedules import sparse_winograd, vector_code
 from jointsparse.schedules.constructors import conv2d_sparse_winograd
 from jointsparse.schedules.convolution_buffers import Arguments
 from jointsparse.schedules.epilogues import Activation
@@ -87,7 +87,7 @@ def test_the_same_as_through_conversions(
     absorbed = 0
     for number, (height, width) in enumerate(SIZES[sizes::3]):
         geometry = geometry_of(height, width, kernel, batch=1 + number % 2)
-        monkeypatch.setattr(sparse_winograd, "_FAR", (0, 1 << 40)[number % 2])
+        monkeypatch.setattr(vector_code, "_FAR", (0, 1 << 40)[number % 2])
         through, without = modules(geometry, tile, target)
         if why_not_images(winograd_plan(geometry, tile, cpu_facts(target))) is not None:
             assert tvm.ir.structural_equal(through, without)

@@ -1,0 +1,105 @@
+"""What kernels have near by before they write it: told by the kernels themselves, run with calls in place of fetches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relay, tir
+from tvm.contrib import graph_executor
+
+from jointsparse.schedules import vector_code
+from jointsparse.schedules.direct_plan import direct_plan
+from jointsparse.schedules.geometry import ConvGeometry
+from jointsparse.schedules.sparse_direct import _FILTERS_AHEAD
+from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.vector_code import LINE, VectorCode
+from jointsparse.schedules.winograd_plan import winograd_plan
+from tests.host import TARGETS
+from tests.schedules.libraries import data_of, sparse, weights
+
+_TOLD = "jointsparse.tests.fetched"
+Fetched = Callable[[ConvGeometry, int, str], "Counter[tuple[int, ...]]"]
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch, use_threads: Callable[[int], None]) -> Fetched:
+    """Places in the result of a convolution of an image said to be far, and how often each is fetched."""
+    places: Counter[tuple[int, ...]] = Counter()
+    tvm.register_func(_TOLD, lambda *index: places.update([index]), override=True)
+
+    def tell(code: VectorCode, buffer: tir.Buffer, *index: tir.PrimExpr) -> None:
+        if buffer.name in ("direct", "winograd"):
+            code.ib.emit(tir.Evaluate(tir.call_packed(_TOLD, *index)))
+
+    monkeypatch.setattr(vector_code, "_FAR", 0)
+    monkeypatch.setattr(VectorCode, "fetch", tell)
+
+    def run(geometry: ConvGeometry, tile: int, target: str) -> Counter[tuple[int, ...]]:
+        x = relay.var("x", shape=data_of(geometry).shape)
+        layer = sparse(x, weights(geometry, tile), geometry, tile, target)
+        with tvm.transform.PassContext(opt_level=3):
+            library = relay.build(tvm.IRModule.from_expr(relay.Function([x], layer)), target=target)
+        use_threads(1)
+        executor = graph_executor.GraphModule(library["default"](tvm.cpu()))
+        places.clear()
+        executor.set_input("x", data_of(geometry))
+        executor.run()
+        return Counter(places)
+
+    return run
+
+
+def geometry_of(batch: int, filters: int, height: int, width: int, size: int = 3) -> ConvGeometry:
+    return ConvGeometry(batch, 3, height, width, filters, (size, size), padding=(size // 2,) * 4)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("batch", "filters", "height", "width", "size"),
+    [(1, 5, 16, 128, 3), (2, 7, 21, 64, 5), (1, 40, 9, 37, 3), (1, 3, 90, 125, 5), (2, 9, 14, 14, 3)],
+)
+def test_winograd_fetches_all_tiles_once(
+    batch: int, filters: int, height: int, width: int, size: int, target: str, fetched: Fetched
+) -> None:
+    """Of every filter, whatever the form of the layout and the parts."""
+    geometry = geometry_of(batch, filters, height, width, size)
+    layout = winograd_plan(geometry, 4, cpu_facts(target)).layout
+    places = fetched(geometry, 4, target)
+    of_filters = Counter(place[:2] for place in places.elements())
+    rows = layout.vectors * layout.m
+    lines = rows * -(-layout.m * layout.lanes // LINE) if layout.form == "chunks" else rows * layout.m
+    assert {key: count for key, count in of_filters.items() if key[1] < filters} == {
+        (image, k): lines for image in range(batch) for k in range(filters)
+    }
+    assert set(places.values()) == {1}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("batch", "filters", "height", "width", "size"),
+    [(1, 9, 16, 128, 9), (2, 7, 21, 61, 1), (1, 40, 9, 37, 3), (1, 6, 90, 125, 1), (1, 6, 90, 125, 3)],
+)
+def test_direct_fetches_what_it_will_write(
+    batch: int, filters: int, height: int, width: int, size: int, target: str, fetched: Fetched
+) -> None:
+    """Once, but for the first filters of a block, which come too soon."""
+    geometry = geometry_of(batch, filters, height, width, size)
+    plan = direct_plan(geometry, cpu_facts(target))
+    places = fetched(geometry, 0, target)
+    assert {k for _, k, _, _ in places} == set(range(_FILTERS_AHEAD, filters))
+    _, _, height, width = plan.geometry.out_shape
+    for image, k, y in np.ndindex(batch, filters - _FILTERS_AHEAD, height):
+        row = sorted(place[3] for place in places if place[:3] == (image, k + _FILTERS_AHEAD, y))
+        assert row[0] == 0
+        assert max(np.diff(row), default=0) <= LINE
+        assert row[-1] + LINE >= width
+
+
+def test_what_is_near_is_not_fetched() -> None:
+    """Images that L2 holds."""
+    assert not vector_code.is_far(64 * 56 * 56)
+    assert vector_code.is_far(64 * 224 * 224)
