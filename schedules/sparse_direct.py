@@ -246,11 +246,11 @@ class _Kernel:
         plan, geometry = self.plan, self.geometry
         if not is_far(geometry.out_channels * geometry.out_height * geometry.out_width):
             return
-        with self.ib.if_scope(tir.And(channels == plan.visits - 1, k < geometry.out_channels)):
-            with self.code.loop(plan.rows, "row") as row:
-                for x in range(0, plan.cols, LINE):
-                    place = (work.block.image, k, work.block.top + row, work.block.left + x)
-                    self.code.fetch(self.buffers.result, *place)
+        about_to_write = tir.And(channels == plan.visits - 1, k < geometry.out_channels)
+        with self.ib.if_scope(about_to_write), self.code.loop(plan.rows, "row") as row:
+            for x in range(0, plan.cols, LINE):
+                place = (work.block.image, k, work.block.top + row, work.block.left + x)
+                self.code.fetch(self.buffers.result, *place)
 
     def _add_to_panel(self, work: _Work, channels: tir.PrimExpr, k: tir.PrimExpr, panel: tir.PrimExpr) -> None:
         """Sums in registers, non-zeros outside, vectors inside."""

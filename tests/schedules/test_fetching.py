@@ -1,4 +1,4 @@
-"""What kernels have near by before they write it: told by the kernels themselves, run with calls in place of fetches."""
+"""What kernels have near by before they write it, told by the kernels themselves: calls take the place of fetches."""
 
 from __future__ import annotations
 
