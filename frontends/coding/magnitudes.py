@@ -140,18 +140,21 @@ class _Means:
         sizes, each = {ROW: shape[1], COLUMN: shape[2], TAP: shape[0]}, math.prod(shape)
         self.tallies = {kind: Tally(size) for kind, size in sizes.items() if size > 1 and _SHARED * size <= each}
 
-    def keys(self, places: NDArray[np.int32]) -> dict[int, NDArray[np.int32]]:
-        """Of weights, by kind of evidence."""
-        line, column = np.divmod(places, self.shape[2])
-        tap, row = np.divmod(line, self.shape[1])
-        return {ROW: row, COLUMN: column, TAP: tap}
+    def keys(self, places: NDArray[np.int32]) -> dict[int, NDArray[np.intp]]:
+        """Of weights, by kind of evidence; as numpy wants them."""
+        _, rows, columns = self.shape
+        # By quotients alone, which numpy makes several at a time.
+        line = places // columns
+        tap = line // rows
+        keys = {ROW: line - tap * rows, COLUMN: places - line * columns, TAP: tap}
+        return {kind: of_weights.astype(np.intp) for kind, of_weights in keys.items()}
 
-    def add(self, keys: dict[int, NDArray[np.int32]], found: NDArray[np.int64]) -> None:
-        capped = np.minimum(found, _CAPPED)
+    def add(self, keys: dict[int, NDArray[np.intp]], found: NDArray[np.int64]) -> None:
+        capped = np.minimum(found, _CAPPED).astype(np.float64)
         for kind, tally in self.tallies.items():
             tally.add(keys[kind], capped)
 
-    def beyond(self, keys: dict[int, NDArray[np.int32]]) -> NDArray[np.int32]:
+    def beyond(self, keys: dict[int, NDArray[np.intp]]) -> NDArray[np.int32]:
         """By how much more than the tensor's mean is expected of each weight, in 64ths of a bit."""
         base = int(log2(np.array([self.mean]))[0]) - 4 * BIT
         total = np.zeros(len(keys[ROW]), np.int32)
@@ -220,7 +223,10 @@ def _first_of(number: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.
 
 def _within(stream: Stream, classes: NDArray[np.int32], values: NDArray[np.int64] | None) -> NDArray[np.int64]:
     """Values of classes: the least, and bits of equal probability."""
-    first, bits = _first_of(classes.astype(np.int64))
+    first = classes.astype(np.int64)
+    if classes.max(initial=0) < _EXACT:
+        return first
+    first, bits = _first_of(first)
     for count in np.unique(bits[bits > 0]):
         members = np.flatnonzero(bits == count)
         rest = None if values is None else values[members] - first[members]

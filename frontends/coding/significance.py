@@ -156,7 +156,7 @@ def code_mask(
     for stripe in stripes(grid):
         given = None if mask is None else stripe.take(mask[stripe.tap]).ravel()
         near = _near(grid, stripe, result)
-        found = classes.code(stream, evidence.log_odds(stripe, near).ravel(), given).reshape(stripe.shape)
+        found = classes.code(stream, evidence.classes(stripe, near).ravel(), given).reshape(stripe.shape)
         stripe.put(result[stripe.tap], found)
         evidence.add(stripe, near, found)
     return result
@@ -218,8 +218,8 @@ class _Evidence:
             alike = near == number
             self.near[:, number] += int(np.count_nonzero(alike & found)), int(np.count_nonzero(alike))
 
-    def log_odds(self, stripe: Stripe, near: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """Of not being zero, in 64ths of a bit, for each weight of a stripe."""
+    def classes(self, stripe: Stripe, near: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Of log-odds of not being zero, for each weight of a stripe."""
 
         def beyond(kind: int, ones: NDArray[np.integer], seen: NDArray[np.integer]) -> NDArray[np.int32]:
             log_odds = _log_odds(ones, seen - ones, _PRIOR * self.share, _PRIOR * (_FULL - self.share))
@@ -229,7 +229,8 @@ class _Evidence:
         total = np.empty(stripe.shape, np.int32)
         for rows, columns in stripe.pieces():
             total[rows] = of_columns[columns]
-        common = self.base * WEIGHT + beyond(TAP, *self.taps[:, stripe.tap, None])
+        middle = _CLASSES // 2 << _STEP_BITS
+        common = (self.base + middle) * WEIGHT + beyond(TAP, *self.taps[:, stripe.tap, None])
         total += (common + beyond(ROW, *self.rows[:, stripe.rows]))[:, None]
         if self.kernels is not None:
             of_kernels = np.arange(stripe.tap + 1)
@@ -238,8 +239,8 @@ class _Evidence:
             both *= 9
             both += near
             total += of_both.ravel().take(both)
-        total >>= WEIGHT_BITS
-        return total
+        total >>= WEIGHT_BITS + _STEP_BITS
+        return np.clip(total, 0, _CLASSES - 1, out=total).astype(np.uint8)
 
 
 class _Classes:
@@ -249,11 +250,8 @@ class _Classes:
         self.began = np.array(_beginnings(), np.int64)
         self.seen, self.ones = np.zeros((2, _CLASSES), np.int64)
 
-    def code(self, stream: Stream, log_odds: NDArray[np.int32], mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-        """Write or read some weights, class by class; only then classes move. The log-odds are used up."""
-        log_odds >>= _STEP_BITS
-        log_odds += _CLASSES // 2
-        numbers = np.clip(log_odds, 0, _CLASSES - 1, out=log_odds).astype(np.uint8)
+    def code(self, stream: Stream, numbers: NDArray[np.uint8], mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+        """Write or read some weights, class by class; only then classes move."""
         order, groups = grouped(numbers)
         # Whether it is zero.
         symbols = None if mask is None else (~mask[order]).astype(np.int32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,12 @@ class Grid:
 
 def grouped(numbers: NDArray[np.uint8]) -> tuple[NDArray[np.intp], list[tuple[int, slice]]]:
     """An order in which equal numbers stand together, ascending and otherwise as before, and where each of them is."""
-    sizes = np.bincount(numbers)
-    ends = np.cumsum(sizes)
-    groups = [
-        (int(number), slice(int(ends[number] - sizes[number]), int(ends[number]))) for number in np.flatnonzero(sizes)
-    ]
-    return np.argsort(numbers, kind="stable"), groups
+    order = np.argsort(numbers, kind="stable")
+    # Looked up in that order: numpy's count of bytes makes words of them first.
+    numbered = np.arange(int(numbers.max(initial=0)) + 1, dtype=np.uint8)
+    ends = np.searchsorted(numbers, numbered, side="right", sorter=order).tolist()
+    groups = [(number, slice(begin, end)) for number, (begin, end) in enumerate(pairwise([0, *ends])) if begin < end]
+    return order, groups
 
 
 class Tally:
@@ -76,16 +77,16 @@ class Tally:
     def __init__(self, keys: int) -> None:
         self.sums, self.counts = np.zeros((2, keys), np.int64)
 
-    def add(self, keys: NDArray[np.integer], values: NDArray[np.int64]) -> None:
-        """Add values to the sums of keys, and 1 to the counts."""
+    def add(self, keys: NDArray[np.intp], values: NDArray[np.float64]) -> None:
+        """Add values, integers, to the sums of keys, and 1 to the counts."""
         if len(self.sums) <= len(keys):
             self.sums += np.bincount(keys, values, minlength=len(self.sums)).astype(np.int64)
             self.counts += np.bincount(keys, minlength=len(self.sums))
         else:
-            np.add.at(self.sums, keys, values)
+            np.add.at(self.sums, keys, values.astype(np.int64))
             np.add.at(self.counts, keys, 1)
 
-    def log_mean(self, keys: NDArray[np.integer], unit: int, prior: tuple[int, int]) -> NDArray[np.int32]:
+    def log_mean(self, keys: NDArray[np.intp], unit: int, prior: tuple[int, int]) -> NDArray[np.int32]:
         """For each key, log2 of (unit * sum + prior[0]) / (unit * count + prior[1])."""
         whole = len(self.sums) <= len(keys)
         sums, counts = (self.sums, self.counts) if whole else (self.sums[keys], self.counts[keys])
