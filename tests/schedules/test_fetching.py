@@ -1,4 +1,4 @@
-"""What kernels have near by before they write it, told by the kernels themselves: calls take the place of fetches."""
+"""What kernels have near by before they read or write it, told by themselves: calls take the place of fetches."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from tests.host import TARGETS
 from tests.schedules.libraries import data_of, sparse, weights
 
 _TOLD = "jointsparse.tests.fetched"
-Fetched = Callable[[ConvGeometry, int, str], "Counter[tuple[int, ...]]"]
+Fetched = Callable[..., "Counter[tuple[int, ...]]"]
 
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch, use_threads: Callable[[int], None]) -> Fetched:
-    """Places in the result of a convolution of an image said to be far, and how often each is fetched."""
+    """Places in the result or the data of a convolution of images said to be far, and how often each is fetched."""
     places: Counter[tuple[int, ...]] = Counter()
     tvm.register_func(_TOLD, lambda *index: places.update([index]), override=True)
 
     def tell(code: VectorCode, buffer: tir.Buffer, *index: tir.PrimExpr) -> None:
-        if buffer.name in ("direct", "winograd"):
-            code.ib.emit(tir.Evaluate(tir.call_packed(_TOLD, *index)))
+        if len(index) > 1:
+            is_result = int(buffer.name in ("direct", "winograd"))
+            code.ib.emit(tir.Evaluate(tir.call_packed(_TOLD, is_result, *index)))
 
     monkeypatch.setattr(vector_code, "_FAR", 0)
     monkeypatch.setattr(VectorCode, "fetch", tell)
 
-    def run(geometry: ConvGeometry, tile: int, target: str) -> Counter[tuple[int, ...]]:
+    def run(geometry: ConvGeometry, tile: int, target: str, *, result: bool = True) -> Counter[tuple[int, ...]]:
         x = relay.var("x", shape=data_of(geometry).shape)
         layer = sparse(x, weights(geometry, tile), geometry, tile, target)
         with tvm.transform.PassContext(opt_level=3):
@@ -48,7 +49,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch, use_threads: Callable[[int], None])
         places.clear()
         executor.set_input("x", data_of(geometry))
         executor.run()
-        return Counter(places)
+        return Counter({place[1:]: count for place, count in places.items() if place[0] == result})
 
     return run
 
@@ -97,6 +98,26 @@ def test_direct_fetches_what_it_will_write(
         assert row[0] == 0
         assert max(np.diff(row), default=0) <= LINE
         assert row[-1] + LINE >= width
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_chunks_of_the_next_block_are_fetched(target: str, fetched: Fetched) -> None:
+    """While those of the block at hand are read: all but the first block's."""
+    geometry = geometry_of(2, 5, 48, 128)
+    plan = winograd_plan(geometry, 4, cpu_facts(target))
+    assert plan.layout.form == "chunks"
+    assert plan.blocks_in_parallel
+    assert plan.blocking.even
+    places = fetched(geometry, 4, target, result=False)
+    size = plan.layout.planes * plan.layout.lanes
+    behind = range(1 + plan.blocking.vectors, 1 + plan.layout.vectors)
+    assert set(places) >= {
+        (image, channel, chunk * size + element)
+        for image, channel in np.ndindex(geometry.batch, geometry.in_channels)
+        for chunk in behind
+        for element in range(0, size, LINE)
+    }
+    assert set(places.values()) == {1}
 
 
 def test_what_is_near_is_not_fetched() -> None:
