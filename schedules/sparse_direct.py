@@ -246,7 +246,9 @@ class _Kernel:
         plan, geometry = self.plan, self.geometry
         if not is_far(geometry.out_channels * geometry.out_height * geometry.out_width):
             return
-        about_to_write = tir.And(channels == plan.visits - 1, k < geometry.out_channels)
+        about_to_write = k < geometry.out_channels
+        if plan.visits > 1:
+            about_to_write = tir.And(channels == plan.visits - 1, about_to_write)
         with self.ib.if_scope(about_to_write), self.code.loop(plan.rows, "row") as row:
             for x in range(0, plan.cols, LINE):
                 place = (work.block.image, k, work.block.top + row, work.block.left + x)

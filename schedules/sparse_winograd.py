@@ -168,7 +168,8 @@ class _Kernel:
     def _fetch_result(
         self, block: _Block, target: _Images, first: tir.PrimExpr, number: tir.PrimExpr, bundle: tir.PrimExpr
     ) -> None:
-        """What will be written of a bundle's filters, a share at each position: products need only what is near."""
+        """With a bundle, of as many filters as it has, what will be written of them, a share at each position: products
+        need only what is near."""
         code, plan, together = self.code, self.plan, self.plan.blocking.together
         if not self._is_far(self.geometry.out_channels):
             return

@@ -54,8 +54,8 @@ def fetched(monkeypatch: pytest.MonkeyPatch, use_threads: Callable[[int], None])
     return run
 
 
-def geometry_of(batch: int, filters: int, height: int, width: int, size: int = 3) -> ConvGeometry:
-    return ConvGeometry(batch, 3, height, width, filters, (size, size), padding=(size // 2,) * 4)
+def geometry_of(batch: int, filters: int, height: int, width: int, size: int = 3, groups: int = 1) -> ConvGeometry:
+    return ConvGeometry(batch, 3, height, width, filters, (size, size), padding=(size // 2,) * 4, groups=groups)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -81,14 +81,22 @@ def test_winograd_fetches_all_tiles_once(
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("batch", "filters", "height", "width", "size"),
-    [(1, 9, 16, 128, 9), (2, 7, 21, 61, 1), (1, 40, 9, 37, 3), (1, 6, 90, 125, 1), (1, 6, 90, 125, 3)],
+    ("batch", "filters", "height", "width", "size", "groups"),
+    [
+        (1, 9, 16, 128, 9, 1),
+        (2, 7, 21, 61, 1, 1),
+        (1, 40, 9, 37, 3, 1),
+        (1, 6, 90, 125, 1, 1),
+        (1, 6, 90, 125, 3, 1),
+        (2, 9, 96, 125, 3, 3),
+        (1, 9, 9, 37, 3, 3),
+    ],
 )
 def test_direct_fetches_what_it_will_write(
-    batch: int, filters: int, height: int, width: int, size: int, target: str, fetched: Fetched
+    batch: int, filters: int, height: int, width: int, size: int, groups: int, target: str, fetched: Fetched
 ) -> None:
-    """Once, but for the first filters of a block, which come too soon."""
-    geometry = geometry_of(batch, filters, height, width, size)
+    """But for the first filters of a block, which come too soon."""
+    geometry = geometry_of(batch, filters, height, width, size, groups)
     plan = direct_plan(geometry, cpu_facts(target))
     places = fetched(geometry, 0, target)
     assert {k for _, k, _, _ in places} == set(range(_FILTERS_AHEAD, filters))
