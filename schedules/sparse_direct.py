@@ -244,7 +244,8 @@ class _Kernel:
     def _fetch_result(self, work: _Work, channels: tir.PrimExpr, k: tir.PrimExpr) -> None:
         """The outputs of a filter in a block, where they are about to be written."""
         plan, geometry = self.plan, self.geometry
-        if not is_far(geometry.out_channels * geometry.out_height * geometry.out_width):
+        far = is_far(geometry.out_channels * geometry.out_height * geometry.out_width)
+        if not (self.code.prefetch and far):
             return
         about_to_write = k < geometry.out_channels
         if plan.visits > 1:

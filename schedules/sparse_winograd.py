@@ -168,10 +168,10 @@ class _Kernel:
     def _fetch_result(
         self, block: _Block, target: _Images, first: tir.PrimExpr, number: tir.PrimExpr, bundle: tir.PrimExpr
     ) -> None:
-        """With a bundle, of as many filters as it has, what will be written of them, a share at each position: products
-        need only what is near."""
+        """What will be written of some filters, as many as are in a bundle, a share at each position: products need only
+        what is near."""
         code, plan, together = self.code, self.plan, self.plan.blocking.together
-        if not self._is_far(self.geometry.out_channels):
+        if not (code.prefetch and self._is_far(self.geometry.out_channels)):
             return
         rows = block.length * plan.layout.m
         share = -(-together * rows // len(plan.busy))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.vector_code import LINE, VectorCode
 from jointsparse.schedules.winograd_plan import winograd_plan
 from tests.host import TARGETS
-from tests.schedules.libraries import data_of, sparse, weights
+from tests.schedules.libraries import BOTH, SMALL, build, data_of, expected, sparse, weights
 
 _TOLD = "jointsparse.tests.fetched"
 Fetched = Callable[..., "Counter[tuple[int, ...]]"]
@@ -126,6 +127,26 @@ def test_chunks_of_the_next_block_are_fetched(target: str, fetched: Fetched) -> 
         for element in range(0, size, LINE)
     }
     assert set(places.values()) == {1}
+
+
+@BOTH
+def test_operators_fetch_where_the_target_can(tile: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Only what is far, by instructions of LLVM; code for a C compiler computes the same without."""
+
+    def built(far: int, target: str) -> tvm.relay.backend.executor_factory.GraphExecutorFactoryModule:
+        monkeypatch.setattr(vector_code, "_FAR", far)
+        x = relay.var("x", shape=data_of(SMALL).shape)
+        layer = sparse(x, weights(SMALL, tile), SMALL, tile, target)
+        return build(tvm.IRModule.from_expr(relay.Function([x], layer)), target)
+
+    near, far = (built(least, "llvm").get_lib().get_source("ll").count("@llvm.prefetch") for least in (1 << 40, 0))
+    assert far > near
+    built(0, "c").export_library(tmp_path / "c.so")
+    executor = graph_executor.GraphModule(tvm.runtime.load_module(str(tmp_path / "c.so"))["default"](tvm.cpu()))
+    executor.set_input("x", data_of(SMALL))
+    executor.run()
+    want = expected(data_of(SMALL), weights(SMALL, tile), SMALL, tile)
+    np.testing.assert_allclose(executor.get_output(0).numpy(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_near_is_not_fetched() -> None:
