@@ -168,8 +168,8 @@ class _Kernel:
     def _fetch_result(
         self, block: _Block, target: _Images, first: tir.PrimExpr, number: tir.PrimExpr, bundle: tir.PrimExpr
     ) -> None:
-        """What will be written of some filters, as many as are in a bundle, a share at each position: products need only
-        what is near."""
+        """What will be written of as many filters as are in a bundle, a share at each position: products need only what
+        is near."""
         code, plan, together = self.code, self.plan, self.plan.blocking.together
         if not (code.prefetch and self._is_far(self.geometry.out_channels)):
             return
