@@ -159,10 +159,10 @@ def measure(name: str, sparsities: list[float], target: str) -> list[Row]:
         pixels = geometry.out_height * geometry.out_width
         rows.append(row("direct", sparsity, seconds, int(np.count_nonzero(spatial)) * pixels))
         for m in (2, 4):
-            if why_not_winograd(geometry, m):
+            if why_not_winograd(geometry, m, target):
                 continue
             pruned = prune_winograd(weight, m, sparsity)
-            winograd = partial(conv2d_sparse_winograd, winograd_weight=pruned, geometry=geometry, m=m)
+            winograd = partial(conv2d_sparse_winograd, winograd_weight=pruned, geometry=geometry, m=m, target=target)
             seconds = tvm_seconds(geometry, winograd, target, data)
             tiles = -(-geometry.out_height // m) * -(-geometry.out_width // m)
             rows.append(row(f"Winograd F({m}x{m})", sparsity, seconds, int(np.count_nonzero(pruned)) * tiles))

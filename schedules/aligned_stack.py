@@ -12,7 +12,6 @@ import tvm
 from tvm import tir
 
 _ABI = 16  # bytes that every frame is aligned to
-_OPAQUE_POINTERS = 15  # the LLVM that reads `ptr`
 
 
 def align_stack(ib: tvm.tir.ir_builder.IRBuilder, alignment: int) -> None:
@@ -21,7 +20,7 @@ def align_stack(ib: tvm.tir.ir_builder.IRBuilder, alignment: int) -> None:
     Args:
         alignment: bytes.
     """
-    if alignment <= _ABI or tvm.target.codegen.llvm_version_major() < _OPAQUE_POINTERS:
+    if alignment <= _ABI:
         return
     name = f"jointsparse_align_stack_{alignment}"
     # TVM inlines what it imports and leaves no symbol of it: every kernel of a library may bring its own.

@@ -26,7 +26,7 @@ from .registration import OtherShape, plain, register, unpack
 from .sparse_dense import DensePlan, sparse_dense
 from .sparse_direct import sparse_direct
 from .sparse_winograd import sparse_winograd
-from .targets import cpu_facts, gathers_fast
+from .targets import code_features, cpu_facts
 from .tile_conversions import from_tiles, to_tiles
 from .tile_images import ImageEnds
 from .tiles import TileLayout
@@ -47,7 +47,7 @@ def _compute_direct(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], target
         plan=direct_plan_of(attrs),
         shape=unpack(ConvGeometry, attrs).out_shape,
         activation=unpack(Activation, attrs),
-        prefetch=target.kind.name == "llvm",
+        features=code_features(target),
     )
 
 
@@ -57,7 +57,7 @@ def _compute_winograd(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], targ
         plan=winograd_plan_of(attrs),
         activation=unpack(Activation, attrs),
         ends=unpack(ImageEnds, attrs),
-        prefetch=target.kind.name == "llvm",
+        features=code_features(target),
     )
 
 
@@ -66,9 +66,7 @@ def _compute_dense(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], target:
     reason = why_too_large(dense_buffers(plan, lanes))
     if reason is not None:
         raise ValueError(reason)
-    return sparse_dense(
-        **inputs, plan=plan, lanes=lanes, gather=gathers_fast(target), prefetch=target.kind.name == "llvm"
-    )
+    return sparse_dense(**inputs, plan=plan, lanes=lanes, features=code_features(target))
 
 
 def _as_it_is(attrs: tvm.ir.Attrs, outs: Sequence[te.Tensor], target: tvm.target.Target) -> te.Schedule:

@@ -10,12 +10,13 @@ transposed copy of the data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import tvm
 from tvm import te, tir
 
+from .targets import CodeFeatures
 from .vector_code import VectorCode
 
 COLUMNS = "jointsparse.dense.columns"
@@ -102,26 +103,25 @@ def sparse_dense(
     plan: DensePlan,
     lanes: int,
     *,
-    gather: bool,
-    prefetch: bool,
+    features: CodeFeatures,
 ) -> te.Tensor:
     """Multiply.
 
     Args:
         data: (batch, inputs) float32. values, indices, indptr: SparseRows of formats.pack_dense.
-        lanes: of the target's vectors. gather: whether it has AVX2's gather and is good at it. prefetch: whether code
-            for it can fetch ahead.
+        lanes: of the target's vectors. features: of its code.
 
     Returns:
         (batch, outputs).
     """
     if plan.batch == 1:
-        gather = gather and plan.group == GROUP
-        body = partial(_one_image, plan, GROUP if gather else min(lanes, plan.group, _INSERTED), gather, prefetch)
+        features = replace(features, gather=features.gather and plan.group == GROUP)
+        lanes = GROUP if features.gather else min(lanes, plan.group, _INSERTED)
+        body = partial(_one_image, plan, lanes, features)
     else:
         block = image_block(plan.batch, lanes)
         data = _columns(data, plan, block)
-        body = partial(_images, plan, block, prefetch)
+        body = partial(_images, plan, block, features)
     return te.extern(
         (plan.batch, plan.outputs),
         [data, values, indices, indptr],
@@ -146,8 +146,7 @@ def _columns(data: te.Tensor, plan: DensePlan, block: ImageBlock) -> te.Tensor:
 def _one_image(
     plan: DensePlan,
     lanes: int,
-    gather: bool,
-    prefetch: bool,
+    features: CodeFeatures,
     data: tir.Buffer,
     values: tir.Buffer,
     indices: tir.Buffer,
@@ -156,7 +155,7 @@ def _one_image(
 ) -> tir.Stmt:
     """The lanes are the non-zeros of a group."""
     ib = tvm.tir.ir_builder.create()
-    code = VectorCode(ib, lanes, prefetch=prefetch)
+    code = VectorCode(ib, lanes, features=features)
     chunk = -(-plan.outputs // _CHUNKS)
     with (
         code.loop(-(-plan.outputs // chunk), "chunk", "parallel") as part,
@@ -175,7 +174,7 @@ def _one_image(
             for v, vector in enumerate(sums):
                 at = (start + e) * plan.group + v * lanes
                 place = code.load(indices, at).astype("int32" if lanes == 1 else f"int32x{lanes}")
-                operand = _gathered(data, first, place) if gather else tir.BufferLoad(data, [0, first + place])
+                operand = _gathered(data, first, place) if features.gather else tir.BufferLoad(data, [0, first + place])
                 code.set(vector, vector + code.load(values, at) * operand)
         total = _sum([element for vector in sums for element in _elements(vector, lanes)])
         before = tir.if_then_else(segment == 0, tir.const(0, "float32"), tir.BufferLoad(out, [0, k]))
@@ -186,7 +185,7 @@ def _one_image(
 def _images(
     plan: DensePlan,
     block: ImageBlock,
-    prefetch: bool,
+    features: CodeFeatures,
     columns: tir.Buffer,
     values: tir.Buffer,
     indices: tir.Buffer,
@@ -195,7 +194,7 @@ def _images(
 ) -> tir.Stmt:
     """The lanes are images; the weight is the same in all."""
     ib = tvm.tir.ir_builder.create()
-    code = VectorCode(ib, block.lanes, prefetch=prefetch)
+    code = VectorCode(ib, block.lanes, features=features)
     with (
         ib.for_range(0, plan.outputs, name="k", kind="parallel") as k,
         ib.for_range(0, int(columns.shape[0]), name="b") as b,

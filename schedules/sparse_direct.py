@@ -11,7 +11,7 @@ It is written in TIR, not TE, which cannot go on with a data-dependent sum where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,7 @@ from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .direct_plan import DirectPlan
 from .epilogues import Activation
 from .row_code import copy_every, each_run, each_vector
+from .targets import CodeFeatures
 from .vector_code import LINE, VectorCode, is_far, part_of
 
 
@@ -31,7 +32,7 @@ def sparse_direct(
     plan: DirectPlan,
     shape: tuple[int, int, int, int],
     activation: Activation,
-    prefetch: bool,
+    features: CodeFeatures,
 ) -> te.Tensor:
     """Convolve, add, activate.
 
@@ -39,12 +40,12 @@ def sparse_direct(
         arguments: data (N, C, H, W), float32, of the plan's geometry; SparseRows of formats.pack_direct for the plan;
             bias (K,); residual of the shape of the result.
         shape: of the result; not the plan's, if that has the image in one row.
-        prefetch: whether code for the target can fetch ahead.
+        features: of the target.
 
     Returns:
         (N, K, output height, output width).
     """
-    return convolution("direct", shape, arguments, lambda buffers: _Kernel(buffers, plan, activation, prefetch).emit())
+    return convolution("direct", shape, arguments, lambda buffers: _Kernel(buffers, plan, activation, features).emit())
 
 
 _FILTERS_AHEAD = 4
@@ -83,13 +84,15 @@ class _Work:
 class _Kernel:
     """Emits one convolution."""
 
-    def __init__(self, buffers: ConvolutionBuffers, plan: DirectPlan, activation: Activation, prefetch: bool) -> None:
+    def __init__(
+        self, buffers: ConvolutionBuffers, plan: DirectPlan, activation: Activation, features: CodeFeatures
+    ) -> None:
         self.buffers = buffers
         self.plan = plan
         self.geometry = plan.geometry
         self.activation = activation
         self.ib = tvm.tir.ir_builder.create()
-        self.code = VectorCode(self.ib, plan.lanes, prefetch=prefetch)
+        self.code = VectorCode(self.ib, plan.lanes, features=features)
 
     def emit(self) -> tir.Stmt:
         if self.plan.in_parts:
@@ -245,7 +248,7 @@ class _Kernel:
         """The outputs of a filter in a block, where they are about to be written."""
         plan, geometry = self.plan, self.geometry
         far = is_far(geometry.out_channels * geometry.out_height * geometry.out_width)
-        if not (self.code.prefetch and far):
+        if not (self.code.features.fetch and far):
             return
         about_to_write = k < geometry.out_channels
         if plan.visits > 1:
@@ -267,8 +270,9 @@ class _Kernel:
         with code.loop(buffers.indptr[row + 1] - first, "e") as e:
             operand = code.let(base + tir.Cast("int32", buffers.indices[first + e]) * plan.unit)
             weight = code.keep(code.splat(buffers.values[first + e]))
+            load = self._loads(work, operand)
             for t, one in enumerate(inside):
-                code.set(one, one + weight * self._load(work, operand + plan.operand(t)))
+                code.set(one, one + weight * load(plan.operand(t)))
         for t, one in enumerate(inside):
             code.store(work.sums, one, begin + t * plan.lanes)
 
@@ -303,11 +307,12 @@ class _Kernel:
         first = work.planes.first + panel * (plan.rows // plan.panels * plan.plane_cols)
         return channels * (plan.channels * plan.channel_size) + first if plan.in_parts else first
 
-    def _load(self, work: _Work, at: tir.PrimExpr) -> tir.PrimExpr:
+    def _loads(self, work: _Work, operand: tir.PrimExpr) -> Callable[[int], tir.PrimExpr]:
+        """(floats) -> what is so far behind an operand."""
         if work.planes is not None:
-            return self.code.load(work.planes.buffer, at)
+            return self.code.behind(work.planes.buffer, operand)
         # The input, counted through.
-        return self.code.load(self.buffers.data, 0, 0, 0, at)
+        return self.code.behind(self.buffers.data, 0, 0, 0, operand)
 
     def _finish(self, work: _Work, k: tir.PrimExpr) -> None:
         """Residual, activation, and the outputs of a block into their image."""

@@ -17,6 +17,7 @@ from tvm import te, tir
 
 from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .epilogues import Activation
+from .targets import CodeFeatures
 from .tile_chunks import Chunks
 from .tile_images import ImageEnds, Images, why_not_images
 from .tile_planes import Planes
@@ -32,7 +33,7 @@ def sparse_winograd(
     plan: WinogradPlan,
     activation: Activation,
     ends: ImageEnds,
-    prefetch: bool,
+    features: CodeFeatures,
 ) -> te.Tensor:
     """Convolve, add, activate.
 
@@ -40,7 +41,7 @@ def sparse_winograd(
         arguments: data (N, C, length) in the plan's layout, float32; BundledRows of formats.pack_winograd for the plan;
             bias (K,); residual of the shape of the result.
         ends: which of data and result are images NCHW instead.
-        prefetch: whether code for the target can fetch ahead.
+        features: of the target.
 
     Returns:
         (N, K, length) in the plan's layout, zero around the image; or NCHW.
@@ -55,7 +56,7 @@ def sparse_winograd(
         "winograd",
         ends.result_shape(plan),
         arguments,
-        lambda buffers: _Kernel(buffers, plan, activation, ends, prefetch).emit(),
+        lambda buffers: _Kernel(buffers, plan, activation, ends, features).emit(),
     )
 
 
@@ -89,13 +90,13 @@ class _Kernel:
         plan: WinogradPlan,
         activation: Activation,
         ends: ImageEnds,
-        prefetch: bool,
+        features: CodeFeatures,
     ) -> None:
         self.buffers = buffers
         self.plan, self.geometry, self.blocking = plan, plan.geometry, plan.blocking
         self.activation, self.ends = activation, ends
         self.ib = tvm.tir.ir_builder.create()
-        self.code = VectorCode(self.ib, plan.layout.lanes, prefetch=prefetch)
+        self.code = VectorCode(self.ib, plan.layout.lanes, features=features)
         self.steps = WinogradSteps(self.code, plan, buffers)
 
     def emit(self) -> tir.Stmt:
@@ -171,7 +172,7 @@ class _Kernel:
         """What will be written of as many filters as are in a bundle, a share at each position: products need only what
         is near."""
         code, plan, together = self.code, self.plan, self.plan.blocking.together
-        if not (code.prefetch and self._is_far(self.geometry.out_channels)):
+        if not (code.features.fetch and self._is_far(self.geometry.out_channels)):
             return
         rows = block.length * plan.layout.m
         share = -(-together * rows // len(plan.busy))

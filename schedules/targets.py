@@ -133,14 +133,45 @@ def _facts(text: str) -> CpuFacts:
     return CpuFacts(lanes, registers, 1024 * l1, 1024 * l2)
 
 
-def gathers_fast(target: tvm.target.Target | str | None = None) -> bool:
-    """Whether AVX2's gather is worth its while, by LLVM's tables; of the current target, or plain ``llvm``, when None.
+@dataclass(frozen=True)
+class CodeFeatures:
+    """What kernels may have the code generator do beyond loads, stores and arithmetic. By default nothing, as of source
+    code in C.
 
-    For a CPU whose microcode has slowed gathers down since, ``-mattr=-fast-gather`` says so.
+    Attributes:
+        fetch: fetch ahead.
+        align_frame: align a function's frame on the stack to whole vectors.
+        gather: AVX2's gather, worth its while by LLVM's tables. For a CPU whose microcode has slowed gathers down
+            since, ``-mattr=-fast-gather`` says so.
+        hold_address: give an address a register of its own, where multiply-adds are the better for it.
     """
+
+    fetch: bool = False
+    align_frame: bool = False
+    gather: bool = False
+    hold_address: bool = False
+
+
+PLAIN_CODE = CodeFeatures()
+
+_OPAQUE_POINTERS = 15  # the LLVM that reads `ptr`, in what kernels bring along in its language
+
+
+def code_features(target: tvm.target.Target | str | None = None) -> CodeFeatures:
+    """Of a target; of the current target, or plain ``llvm``, when None."""
     resolved = _resolve(target)
-    return resolved.kind.name == "llvm" and bool(
-        tvm.target.codegen.target_has_features(["avx2", "fast-gather"], resolved)
+    if resolved.kind.name != "llvm":
+        return PLAIN_CODE
+    reads_ptr = tvm.target.codegen.llvm_version_major() >= _OPAQUE_POINTERS
+
+    def has(*features: str) -> bool:
+        return bool(tvm.target.codegen.target_has_features(list(features), resolved))
+
+    return CodeFeatures(
+        fetch=True,
+        align_frame=reads_ptr,
+        gather=has("avx2", "fast-gather"),
+        hold_address=reads_ptr and has("avx", "fma"),
     )
 
 

@@ -10,7 +10,8 @@ import tvm
 from tvm import tir
 
 from .aligned_stack import align_stack
-from .targets import STACK_BYTES
+from .held_address import hold_address, load_behind
+from .targets import PLAIN_CODE, STACK_BYTES, CodeFeatures
 from .winograd import Matrix
 
 LINE = 16
@@ -35,19 +36,19 @@ class VectorCode:
     """Emits loads, stores and arithmetic on float32 vectors of one length.
 
     Attributes:
-        prefetch: whether code for the target can fetch ahead.
+        features: of the target's code.
     """
 
-    def __init__(self, ib: tvm.tir.ir_builder.IRBuilder, lanes: int, *, prefetch: bool = False) -> None:
+    def __init__(self, ib: tvm.tir.ir_builder.IRBuilder, lanes: int, *, features: CodeFeatures = PLAIN_CODE) -> None:
         self.ib = ib
         self.lanes = lanes
-        self.prefetch = prefetch
+        self.features = features
         self._scalars = 0
         self._slots: list[tir.PrimExpr] = []
 
     def align_stack(self) -> None:
         """For code that will not find room for all its vectors in registers."""
-        if self.prefetch:
+        if self.features.align_frame:
             align_stack(self.ib, 4 * self.lanes)
 
     def let(self, value: tir.PrimExpr) -> tir.Var:
@@ -93,6 +94,15 @@ class VectorCode:
     def load(self, buffer: tir.Buffer, *index: tir.PrimExpr) -> tir.PrimExpr:
         """A vector from an index on, along the last axis."""
         return tir.BufferLoad(buffer, self.places(*index))
+
+    def behind(self, buffer: tir.Buffer, *index: tir.PrimExpr) -> Callable[[int], tir.PrimExpr]:
+        """(floats) -> the vector so many floats behind an index, along the last axis, for several that are operands of
+        multiply-adds."""
+        *outer, last = index
+        if not (self.features.hold_address and self.lanes > 1):
+            return lambda floats: self.load(buffer, *outer, last + floats)
+        address = hold_address(self.ib, tir.BufferLoad(buffer, list(index)))
+        return lambda floats: load_behind(self.ib, address, floats, self.lanes)
 
     def store(self, buffer: tir.Buffer, value: tir.PrimExpr, *index: tir.PrimExpr) -> None:
         """A vector to an index, along the last axis."""
@@ -146,7 +156,7 @@ class VectorCode:
         Also before a line is written as a whole: it is read from memory all the same, and a core waits for few lines at
         a time. Fetched as if to be read; as if to be written takes a tenth longer.
         """
-        if not self.prefetch:
+        if not self.features.fetch:
             return
         to_read, every_level, data = (tir.const(number, "int32") for number in (0, 3, 1))
         place = tir.address_of(tir.BufferLoad(buffer, list(index)))

@@ -143,8 +143,9 @@ class WinogradSteps:
                 for r, distance in enumerate(self._distances(entry)):
                     operand = code.let(first_input + distance)
                     weight = code.keep(code.splat(buffers.values[entry + r]))
+                    load = self._loads(inputs.buffer, operand, vectors)
                     for t, one in enumerate(sums[r]):
-                        code.set(one, one + weight * code.load(inputs.buffer, operand + t * code.lanes))
+                        code.set(one, one + weight * load(t * code.lanes))
             for r in range(together):
                 filter_ = buffers.filters[bundle * together + r]
                 row = code.let(target + filter_ * plan.tiles)
@@ -168,6 +169,12 @@ class WinogradSteps:
         else:
             each = [indices[entry + r] for r in range(together)]
         return [tir.Cast("int64", index) * self.plan.index_unit for index in each]
+
+    def _loads(self, inputs: tir.Buffer, operand: tir.PrimExpr, vectors: int) -> Callable[[int], tir.PrimExpr]:
+        """(floats) -> what is so far behind an operand. A single vector gains nothing by an address in a register."""
+        if vectors > 1:
+            return self.code.behind(inputs, operand)
+        return lambda floats: self.code.load(inputs, operand + floats)
 
     def _fetch_next(self, inputs: tir.Buffer, base: tir.PrimExpr, bundle: tir.PrimExpr) -> None:
         """Of the transformed input of the next position, the part of one bundle: before it is needed."""

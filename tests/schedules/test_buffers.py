@@ -23,7 +23,7 @@ from jointsparse.schedules.formats import pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.sparse_direct import sparse_direct
 from jointsparse.schedules.sparse_winograd import sparse_winograd
-from jointsparse.schedules.targets import STACK_BYTES, cpu_facts
+from jointsparse.schedules.targets import STACK_BYTES, code_features, cpu_facts
 from jointsparse.schedules.tile_images import ImageEnds
 from jointsparse.schedules.winograd_plan import winograd_plan
 
@@ -72,7 +72,9 @@ def test_direct_buffers_are_those_of_the_code(geometry: ConvGeometry, target: st
     plan = direct_plan(geometry, cpu_facts(target))
     shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
     inputs = arguments(shape, geometry.out_channels * plan.channel_blocks, geometry.out_channels)
-    result = sparse_direct(inputs, plan=plan, shape=geometry.out_shape, activation=Activation(), prefetch=True)
+    result = sparse_direct(
+        inputs, plan=plan, shape=geometry.out_shape, activation=Activation(), features=code_features(target)
+    )
     sizes = allocated(inputs, result)
     assert direct_buffers(plan) == {"packed input": sizes.get("planes", 0), "sums": sizes["sums"]}
     # Registers apart, which are small arrays.
@@ -88,7 +90,9 @@ def test_winograd_buffers_are_those_of_the_code(name: str, tile: int, target: st
     bundles = plan.bundles * plan.positions
     shape = plan.layout.shape(geometry.batch, geometry.in_channels)
     inputs = arguments(shape, bundles, geometry.out_channels, bundles * plan.blocking.together)
-    result = sparse_winograd(inputs, plan=plan, activation=Activation(), ends=ImageEnds(), prefetch=True)
+    result = sparse_winograd(
+        inputs, plan=plan, activation=Activation(), ends=ImageEnds(), features=code_features(target)
+    )
     sizes = allocated(inputs, result)
     buffers = winograd_buffers(plan)
     assert buffers["input in tiles"] == math.prod(int(size) for size in inputs.data.shape)

@@ -19,6 +19,7 @@ from jointsparse.schedules.epilogues import Activation
 from jointsparse.schedules.formats import pack_direct
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.sparse_direct import sparse_direct
+from jointsparse.schedules.targets import code_features
 from tests import reference
 from tests.host import AVX512, HASWELL, host_has
 from tests.schedules.convolutions import TOLERANCE, direct_case
@@ -63,7 +64,11 @@ def run_plan(
     names = ("data", "values", "indices", "indptr", "bias", "residual")
     arguments = Arguments(**dict(zip(names, inputs, strict=True)))
     result = sparse_direct(
-        arguments, plan=plan, shape=geometry.out_shape, activation=Activation("leaky_relu", 0.5), prefetch=True
+        arguments,
+        plan=plan,
+        shape=geometry.out_shape,
+        activation=Activation("leaky_relu", 0.5),
+        features=code_features(target),
     )
     kernel = tvm.build(te.create_schedule(result.op), [*inputs, result], target)
     out = tvm.nd.empty(geometry.out_shape)

@@ -13,7 +13,7 @@ from tvm.contrib import graph_executor
 from jointsparse.schedules.constructors import dense_sparse, why_not_dense_sparse
 from jointsparse.schedules.formats import pack_dense
 from jointsparse.schedules.sparse_dense import image_block, nonzero_group, segment_length
-from jointsparse.schedules.targets import cpu_facts, gathers_fast
+from jointsparse.schedules.targets import code_features, cpu_facts
 from tests.host import HOST, host_has
 
 # Target, and the features that its code for this layer may use.
@@ -188,9 +188,9 @@ def test_gathers_where_they_are_fast_only():
         with tvm.transform.PassContext(opt_level=3):
             built = relay.build(tvm.IRModule.from_expr(dense_sparse(data, weight, 1, text)), target=text)
         assert ("vgatherdps" in built.lib.get_source("asm")) == gathers
-    assert not gathers_fast("llvm -mtriple=x86_64-linux-gnu -mcpu=alderlake -mattr=-fast-gather")
-    assert not gathers_fast("llvm -mtriple=aarch64-linux-gnu")
-    assert not gathers_fast("c")
+    assert not code_features("llvm -mtriple=x86_64-linux-gnu -mcpu=alderlake -mattr=-fast-gather").gather
+    assert not code_features("llvm -mtriple=aarch64-linux-gnu").gather
+    assert not code_features("c").gather
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 8, 16])

@@ -125,7 +125,8 @@ def test_no_schedule_for_big_endian_cpus() -> None:
 @pytest.mark.parametrize("tile", [0, 4], ids=["direct", "winograd"])
 @pytest.mark.parametrize("geometry", [LAYER, DEEP], ids=["wide", "deep"])
 def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile: int, geometry: ConvGeometry) -> None:
-    """A loop of broadcasts and nothing but multiply-adds with a memory operand; no accumulator goes to memory.
+    """A loop of broadcasts and nothing but multiply-adds with a memory operand; no accumulator goes to memory. Where
+    several have the same weight, the address of what they read is in one register.
 
     That of Winograd fetches weights ahead, multiplies no index, has none in a vector, and shifts them only to take them
     out of the one load of a row.
@@ -136,7 +137,8 @@ def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile
         vectors, broadcasts = blocking.vectors, blocking.together
     else:
         vectors, broadcasts = direct_plan(geometry, facts).panel_vectors, 1
-    multiply_add = re.compile(rf"vfmadd(?:132|231)ps\s+-?\d*\(%\w+(?:,%\w+(?:,\d)?)?\), %{register}\d+, %{register}\d+")
+    place = r"-?\d*\(%\w+\)" if vectors > 1 or not tile else r"-?\d*\(%\w+(?:,%\w+(?:,\d)?)?\)"
+    multiply_add = re.compile(rf"vfmadd(?:132|231)ps\s+{place}, %{register}\d+, %{register}\d+")
     inner = [
         loop
         for loop in innermost_loops(assembly(target, tile, geometry))

@@ -21,7 +21,7 @@ from jointsparse.schedules.convolution_buffers import Arguments
 from jointsparse.schedules.epilogues import Activation
 from jointsparse.schedules.formats import pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.targets import code_features, cpu_facts
 from jointsparse.schedules.tile_images import ImageEnds
 from jointsparse.schedules.tiles import CHUNKS
 from jointsparse.schedules.vector_code import is_far
@@ -107,7 +107,7 @@ def kernel(geometry: ConvGeometry, tile: int, target: str) -> tuple[list[NDArray
     names = ("values", "indices", "indptr", "filters", "bias")
     arguments = Arguments(data=data, **dict(zip(names, constants, strict=True)))
     result = sparse_winograd.sparse_winograd(
-        arguments, plan=plan, activation=Activation(), ends=ImageEnds(), prefetch=True
+        arguments, plan=plan, activation=Activation(), ends=ImageEnds(), features=code_features(target)
     )
     return arrays, [data, *constants], result
 

@@ -24,7 +24,7 @@ from jointsparse.schedules.constructors import conv2d_sparse_winograd
 from jointsparse.schedules.convolution_buffers import Arguments
 from jointsparse.schedules.epilogues import Activation
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.targets import cpu_facts
+from jointsparse.schedules.targets import code_features, cpu_facts
 from jointsparse.schedules.tile_images import ImageEnds, Images, why_not_images
 from jointsparse.schedules.tiles import TileLayout
 from jointsparse.schedules.vector_code import VectorCode
@@ -188,7 +188,7 @@ def test_images_where_it_is_impossible_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="images NCHW: tiles are not in chunks"):
         sparse_winograd.sparse_winograd(
-            arguments, plan=plan, activation=Activation(), ends=ImageEnds(nchw_result=True), prefetch=True
+            arguments, plan=plan, activation=Activation(), ends=ImageEnds(nchw_result=True), features=code_features()
         )
 
 
@@ -217,7 +217,7 @@ def _touched(
     simplify = tvm.arith.Analyzer().simplify
     fetched: set[tuple[int, int]] = set()
     loaded: set[tuple[int, int]] = set()
-    code = VectorCode(tvm.tir.ir_builder.create(), layout.lanes, prefetch=True)
+    code = VectorCode(tvm.tir.ir_builder.create(), layout.lanes, features=code_features())
     # All is constant here: no variable in between.
     code.let = lambda value: value  # type: ignore[method-assign]
     code.fetch = lambda _, *index: fetched.add((int(simplify(index[2])), int(simplify(index[3]))))  # type: ignore

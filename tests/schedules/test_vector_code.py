@@ -13,6 +13,7 @@ import tvm
 from tvm import te, tir
 
 from jointsparse.schedules import operators  # noqa: F401  (readies LLVM)
+from jointsparse.schedules.targets import CodeFeatures
 from jointsparse.schedules.vector_code import VectorCode, even_odd
 from jointsparse.schedules.winograd import KERNELS, TILES, Matrix, transform
 
@@ -139,12 +140,12 @@ def test_sums_of_the_published_filters(name: str, sums: int) -> None:
     assert code.counts["sum"] == sums
 
 
-@pytest.mark.parametrize("prefetch", [False, True])
-def test_fetches_ahead_where_the_target_can(prefetch: bool) -> None:
+@pytest.mark.parametrize("fetch", [False, True])
+def test_fetches_ahead_where_the_target_can(fetch: bool) -> None:
     """Beyond the end, too."""
 
     def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
-        code = VectorCode(tvm.tir.ir_builder.create(), 4, prefetch=prefetch)
+        code = VectorCode(tvm.tir.ir_builder.create(), 4, features=CodeFeatures(fetch=fetch))
         with code.loop(3, "i") as i:
             code.fetch(ins[0], i * 4 + 5000)
             code.store(outs[0], code.load(ins[0], i * 4), i * 4)
@@ -153,7 +154,7 @@ def test_fetches_ahead_where_the_target_can(prefetch: bool) -> None:
     source = te.placeholder((12,), name="source")
     target = te.extern([source.shape], [source], emit, dtype="float32")
     function = tvm.build(te.create_schedule(target.op), [source, target], "llvm")
-    assert ("call void @llvm.prefetch" in function.get_source("ll")) == prefetch
+    assert ("call void @llvm.prefetch" in function.get_source("ll")) == fetch
     data, result = np.arange(12, dtype=np.float32), tvm.nd.array(np.zeros(12, np.float32))
     function(tvm.nd.array(data), result)
     np.testing.assert_array_equal(result.numpy(), data)
