@@ -11,7 +11,7 @@ It is written in TIR, not TE, which cannot go on with a data-dependent sum where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ from .direct_plan import DirectPlan
 from .epilogues import Activation
 from .row_code import copy_every, each_run, each_vector
 from .targets import CodeFeatures
-from .vector_code import LINE, VectorCode, is_far, part_of
+from .vector_code import LINE, Behind, VectorCode, is_far, part_of
 
 
 def sparse_direct(
@@ -270,7 +270,7 @@ class _Kernel:
         with code.loop(buffers.indptr[row + 1] - first, "e") as e:
             operand = code.let(base + tir.Cast("int32", buffers.indices[first + e]) * plan.unit)
             weight = code.keep(code.splat(buffers.values[first + e]))
-            load = self._loads(work, operand)
+            load = self._operands_from(work, operand)
             for t, one in enumerate(inside):
                 code.set(one, one + weight * load(plan.operand(t)))
         for t, one in enumerate(inside):
@@ -307,8 +307,7 @@ class _Kernel:
         first = work.planes.first + panel * (plan.rows // plan.panels * plan.plane_cols)
         return channels * (plan.channels * plan.channel_size) + first if plan.in_parts else first
 
-    def _loads(self, work: _Work, operand: tir.PrimExpr) -> Callable[[int], tir.PrimExpr]:
-        """(floats) -> what is so far behind an operand."""
+    def _operands_from(self, work: _Work, operand: tir.PrimExpr) -> Behind:
         if work.planes is not None:
             return self.code.behind(work.planes.buffer, operand)
         # The input, counted through.

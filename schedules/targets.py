@@ -144,12 +144,14 @@ class CodeFeatures:
         gather: AVX2's gather, worth its while by LLVM's tables. For a CPU whose microcode has slowed gathers down
             since, ``-mattr=-fast-gather`` says so.
         hold_address: give an address a register of its own, where multiply-adds are the better for it.
+        embed_broadcast: have multiply-adds broadcast a number in memory themselves.
     """
 
     fetch: bool = False
     align_frame: bool = False
     gather: bool = False
     hold_address: bool = False
+    embed_broadcast: bool = False
 
 
 PLAIN_CODE = CodeFeatures()
@@ -172,6 +174,7 @@ def code_features(target: tvm.target.Target | str | None = None) -> CodeFeatures
         align_frame=reads_ptr,
         gather=has("avx2", "fast-gather"),
         hold_address=reads_ptr and has("avx", "fma"),
+        embed_broadcast=reads_ptr and has("avx512f", "avx512bw"),
     )
 
 

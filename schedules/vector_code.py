@@ -10,7 +10,7 @@ import tvm
 from tvm import tir
 
 from .aligned_stack import align_stack
-from .held_address import hold_address, load_behind
+from .registers import hold_address, hold_vector, load_behind
 from .targets import PLAIN_CODE, STACK_BYTES, CodeFeatures
 from .winograd import Matrix
 
@@ -20,6 +20,9 @@ LINE = 16
 _FAR = 1 << 20
 """Floats of an image that is to be fetched ahead: of one that L2 holds it hardly gains anything. Measured with 1.6 to
 236 MB by Winograd convolutions."""
+
+Behind = Callable[[int], tir.PrimExpr]
+"""(floats) -> what is so many floats behind a place, along the last axis."""
 
 
 def is_far(floats: int) -> bool:
@@ -95,14 +98,24 @@ class VectorCode:
         """A vector from an index on, along the last axis."""
         return tir.BufferLoad(buffer, self.places(*index))
 
-    def behind(self, buffer: tir.Buffer, *index: tir.PrimExpr) -> Callable[[int], tir.PrimExpr]:
-        """(floats) -> the vector so many floats behind an index, along the last axis, for several that are operands of
-        multiply-adds."""
+    def behind(self, buffer: tir.Buffer, *index: tir.PrimExpr) -> Behind:
+        """Vectors behind an index, for several that are operands of multiply-adds."""
         *outer, last = index
         if not (self.features.hold_address and self.lanes > 1):
             return lambda floats: self.load(buffer, *outer, last + floats)
         address = hold_address(self.ib, tir.BufferLoad(buffer, list(index)))
         return lambda floats: load_behind(self.ib, address, floats, self.lanes)
+
+    def splats_behind(self, buffer: tir.Buffer, index: tir.PrimExpr) -> Behind:
+        """Numbers behind an index, each in every lane."""
+        if not self.features.hold_address:
+            return lambda floats: self.splat(buffer[index + floats])
+        address = hold_address(self.ib, tir.BufferLoad(buffer, [index]))
+        return lambda floats: self.splat(load_behind(self.ib, address, floats, 1))
+
+    def hold(self, vector: tir.PrimExpr) -> tir.PrimExpr:
+        """A vector for a multiply-add that is to broadcast its other operand: in a register, not read by it."""
+        return hold_vector(self.ib, vector, self.lanes) if self.features.embed_broadcast else vector
 
     def store(self, buffer: tir.Buffer, value: tir.PrimExpr, *index: tir.PrimExpr) -> None:
         """A vector to an index, along the last axis."""

@@ -61,6 +61,9 @@ class Inputs:
 _MOST_LINES = 64
 """Fetched ahead by the code of one bundle."""
 
+_UNROLLED = 4
+"""Non-zeros of each row that a pass of the loop takes: with four rows, a line of weights, fetched once."""
+
 _VALUES_AHEAD = 256
 """Non-zeros from the one that is used to the one that is fetched: in a network weights come from beyond L2."""
 
@@ -137,15 +140,13 @@ class WinogradSteps:
             meanwhile(within)
             # In 64 bits, so that what is added to them becomes part of an address.
             first_entry, first_input = (code.let(tir.Cast("int64", at)) for at in (first_nonzero * together, base))
-            with code.loop(count, "e") as e:
-                entry = code.let(first_entry + tir.Cast("int64", e) * together)
-                code.fetch(buffers.values, entry + _VALUES_AHEAD)
-                for r, distance in enumerate(self._distances(entry)):
-                    operand = code.let(first_input + distance)
-                    weight = code.keep(code.splat(buffers.values[entry + r]))
-                    load = self._loads(inputs.buffer, operand, vectors)
-                    for t, one in enumerate(sums[r]):
-                        code.set(one, one + weight * load(t * code.lanes))
+            add = partial(self._add_products, sums, Inputs(inputs.buffer, first_input))
+            unrolled = code.let(count // _UNROLLED)
+            with code.loop(unrolled, "unrolled") as u:
+                add(code.let(first_entry + tir.Cast("int64", u) * (_UNROLLED * together)), _UNROLLED)
+            rest = code.let(unrolled * _UNROLLED)
+            with code.loop(count - rest, "e") as e:
+                add(code.let(first_entry + tir.Cast("int64", rest + e) * together), 1)
             for r in range(together):
                 filter_ = buffers.filters[bundle * together + r]
                 row = code.let(target + filter_ * plan.tiles)
@@ -170,11 +171,34 @@ class WinogradSteps:
             each = [indices[entry + r] for r in range(together)]
         return [tir.Cast("int64", index) * self.plan.index_unit for index in each]
 
-    def _loads(self, inputs: tir.Buffer, operand: tir.PrimExpr, vectors: int) -> Callable[[int], tir.PrimExpr]:
-        """(floats) -> what is so far behind an operand. A single vector gains nothing by an address in a register."""
-        if vectors > 1:
-            return self.code.behind(inputs, operand)
-        return lambda floats: self.code.load(inputs, operand + floats)
+    def _add_products(
+        self, sums: Sequence[Sequence[tir.BufferLoad]], inputs: Inputs, entry: tir.PrimExpr, count: int
+    ) -> None:
+        """Of some non-zeros of each row, from an entry on.
+
+        Args:
+            inputs: of the position.
+        """
+        code, values, together = self.code, self.buffers.values, self.plan.blocking.together
+        weights = code.splats_behind(values, entry)
+        for number in range(count):
+            if number * together % LINE == 0:
+                code.fetch(values, entry + (number * together + _VALUES_AHEAD))
+            for r, distance in enumerate(self._distances(entry + number * together)):
+                operand = code.let(inputs.first + distance)
+                self._multiply_add(sums[r], weights(number * together + r), inputs.buffer, operand)
+
+    def _multiply_add(
+        self, sums: Sequence[tir.BufferLoad], weight: tir.PrimExpr, inputs: tir.Buffer, operand: tir.PrimExpr
+    ) -> None:
+        """To each vector of tiles. A weight that meets several is broadcast once."""
+        code = self.code
+        if len(sums) == 1:
+            code.set(sums[0], sums[0] + weight * code.hold(code.load(inputs, operand)))
+            return
+        weight, load = code.keep(weight), code.behind(inputs, operand)
+        for t, one in enumerate(sums):
+            code.set(one, one + weight * load(t * code.lanes))
 
     def _fetch_next(self, inputs: tir.Buffer, base: tir.PrimExpr, bundle: tir.PrimExpr) -> None:
         """Of the transformed input of the next position, the part of one bundle: before it is needed."""

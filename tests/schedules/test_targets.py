@@ -15,7 +15,7 @@ from tvm import relay
 from jointsparse.schedules.constructors import conv2d_sparse_direct, conv2d_sparse_winograd
 from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.targets import _L1_KIB, _L2_KIB, STACK_BYTES, cpu_facts, why_not_target
+from jointsparse.schedules.targets import _L1_KIB, _L2_KIB, STACK_BYTES, code_features, cpu_facts, why_not_target
 from jointsparse.schedules.winograd import transform
 from jointsparse.schedules.winograd_plan import winograd_plan
 
@@ -125,11 +125,11 @@ def test_no_schedule_for_big_endian_cpus() -> None:
 @pytest.mark.parametrize("tile", [0, 4], ids=["direct", "winograd"])
 @pytest.mark.parametrize("geometry", [LAYER, DEEP], ids=["wide", "deep"])
 def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile: int, geometry: ConvGeometry) -> None:
-    """A loop of broadcasts and nothing but multiply-adds with a memory operand; no accumulator goes to memory. Where
-    several have the same weight, the address of what they read is in one register.
+    """A loop of broadcasts and nothing but multiply-adds with an operand in memory, whose address is in one register.
+    No accumulator goes to memory. Of AVX-512 a multiply-add with a single vector broadcasts itself.
 
-    That of Winograd fetches weights ahead, multiplies no index, has none in a vector, and shifts them only to take them
-    out of the one load of a row.
+    That of Winograd fetches a line of weights ahead, multiplies no index, has none in a vector, and shifts them only to
+    take them out of the one load of a row.
     """
     facts, register = cpu_facts(target), X86[target][2]
     if tile:
@@ -137,17 +137,19 @@ def test_products_are_multiply_adds_from_memory_into_registers(target: str, tile
         vectors, broadcasts = blocking.vectors, blocking.together
     else:
         vectors, broadcasts = direct_plan(geometry, facts).panel_vectors, 1
-    place = r"-?\d*\(%\w+\)" if vectors > 1 or not tile else r"-?\d*\(%\w+(?:,%\w+(?:,\d)?)?\)"
+    embedded = bool(tile) and vectors == 1 and code_features(target).embed_broadcast
+    in_one_register = r"-?\d*\(%\w+\)"
+    place = in_one_register + (r"\{1to16\}" if embedded else "")
     multiply_add = re.compile(rf"vfmadd(?:132|231)ps\s+{place}, %{register}\d+, %{register}\d+")
     inner = [
         loop
         for loop in innermost_loops(assembly(target, tile, geometry))
-        if "vbroadcastss" in loop
-        and loop.count("vbroadcastss") % broadcasts == 0
-        and len(multiply_add.findall(loop)) == vectors * loop.count("vbroadcastss")
+        if (weights := len(multiply_add.findall(loop)) / vectors)
+        and weights % broadcasts == 0
+        and loop.count("vbroadcastss") == (0 if embedded else weights)
         and not re.search(rf"vmov\w*\s+%{register}\d+, .*\(", loop)
         and (not tile or ("prefetch" in loop and not re.search(r"\b(shl|sa[lr]|imul|vpextr|vmov[dq]\b)", loop)))
-        and len(re.findall(r"\bshr", loop)) <= (loop.count("vbroadcastss") if tile and broadcasts in (2, 4) else 0)
+        and len(re.findall(r"\bshr", loop)) <= (weights if tile and broadcasts in (2, 4) else 0)
     ]
     assert inner
 

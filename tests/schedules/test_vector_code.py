@@ -13,9 +13,10 @@ import tvm
 from tvm import te, tir
 
 from jointsparse.schedules import operators  # noqa: F401  (readies LLVM)
-from jointsparse.schedules.targets import CodeFeatures
+from jointsparse.schedules.targets import PLAIN_CODE, CodeFeatures, code_features, cpu_facts
 from jointsparse.schedules.vector_code import VectorCode, even_odd
 from jointsparse.schedules.winograd import KERNELS, TILES, Matrix, transform
+from tests.host import TARGETS
 
 MATRICES = {
     f"{name} of F({m}, {r})": getattr(transform(m, r), name) for m in TILES for r in KERNELS for name in ("AT", "BT")
@@ -232,3 +233,27 @@ def test_columns_split_and_joined(lanes: int, count: int) -> None:
     want = np.zeros_like(data)
     want[1, start:] = 2 * data[1, start:]
     np.testing.assert_array_equal(joined.numpy(), want)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("features", [PLAIN_CODE, None], ids=["plain", "of the target"])
+def test_what_is_behind_an_index(features: CodeFeatures | None, target: str) -> None:
+    """Vectors and numbers, in whatever way the target's code reads them."""
+    lanes, features = cpu_facts(target).lanes, features or code_features(target)
+
+    def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
+        code = VectorCode(tvm.tir.ir_builder.create(), lanes, features=features)
+        with code.loop(3, "i") as i:
+            vectors, numbers = code.behind(ins[0], i, i * 4), code.splats_behind(ins[1], i)
+            product = vectors(7) * numbers(2) + code.hold(vectors(0)) * numbers(0)
+            code.store(outs[0], product, i * lanes)
+        return code.ib.get()
+
+    data = [np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in ((3, 40), (5,))]
+    sources = [te.placeholder(array.shape, name=f"source{i}") for i, array in enumerate(data)]
+    product = te.extern([(3 * lanes,)], sources, emit, dtype="float32")
+    result = tvm.nd.array(np.zeros(3 * lanes, np.float32))
+    tvm.build(te.create_schedule(product.op), [*sources, product], target)(*map(tvm.nd.array, data), result)
+    rows, numbers = data
+    want = [rows[i, 4 * i + 7 :][:lanes] * numbers[i + 2] + rows[i, 4 * i :][:lanes] * numbers[i] for i in range(3)]
+    np.testing.assert_allclose(result.numpy(), np.concatenate(want), rtol=1e-5, atol=1e-6)
