@@ -7,8 +7,8 @@ from functools import cache
 from typing import Protocol
 
 PARALLEL_BLOCKS = 4
-"""With so many blocks or more, of all images, they run in parallel; with fewer, so many parts of their filters or a few
-more, each of which reads all channels again. No more threads than that get any."""
+"""With so many blocks or more, of all images, they run in parallel; with fewer, parts of them, about as many, of which
+each may read all channels again. No more threads than that get any."""
 
 
 class Cpu(Protocol):

@@ -58,8 +58,8 @@ def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:
         "weights in bundles": _in_bundles(plan),
         "input in tiles": math.prod(plan.layout.shape(geometry.batch, geometry.in_channels)),
         "result in tiles": math.prod(plan.layout.shape(geometry.batch, geometry.out_channels)),
-        "transformed input": plan.inputs_size * (1 if plan.blocks_in_parallel else plan.all_blocks),
-        "products": plan.positions * plan.product_stride,
+        "transformed input": plan.inputs_size,
+        "products": plan.products_size,
     }
 
 

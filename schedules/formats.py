@@ -40,8 +40,8 @@ class BundledRows:
     Attributes:
         values, indices: as for SparseRows. What fills short rows up is zero times a channel of zeros.
         indptr: int32, bundles + 1 long, counted in non-zeros of one row.
-        filters: int32, the filter of each row of each bundle, counted from the first of its part of the filters; as
-            many as a part has where there is none, a row of products that nobody reads.
+        filters: int32, the filter of each row of each bundle; as many as there are where there is none, a row of
+            products that nobody reads.
     """
 
     values: NDArray[np.float32]
@@ -86,9 +86,8 @@ def pack_winograd(winograd_weight: NDArray[np.floating], plan: WinogradPlan) -> 
     by_position = winograd_weight.transpose(2, 3, 0, 1).reshape(positions, filters, -1)
     position, filter_, channel = np.nonzero(by_position)
     counts = np.bincount(position * filters + filter_, minlength=positions * filters).reshape(positions, filters)
-    # Rows of like length share a bundle, within a part of the filters: little has to be filled up.
-    part = np.arange(filters) // plan.part_filters
-    order = np.argsort(part * (geometry.in_channels + 1) - counts, axis=1, kind="stable")
+    # Rows of like length share a bundle: little has to be filled up.
+    order = np.argsort(-counts, axis=1, kind="stable")
     lengths = np.take_along_axis(counts, order, axis=1)
     lengths = np.pad(lengths, ((0, 0), (0, places - filters))).reshape(-1, together).max(axis=1)
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -100,12 +99,12 @@ def pack_winograd(winograd_weight: NDArray[np.floating], plan: WinogradPlan) -> 
     indices = np.full(len(values), geometry.in_channels)
     indices[at] = _whole_channel(geometry, filter_, channel)
     narrow = np.min_scalar_type(geometry.in_channels * plan.index_step)
-    of_part = np.pad(order % plan.part_filters, ((0, 0), (0, places - filters)), constant_values=plan.part_filters)
+    of_row = np.pad(order, ((0, 0), (0, places - filters)), constant_values=filters)
     return BundledRows(
         values,
         (indices * plan.index_step).astype(narrow),
         starts.astype(np.int32),
-        of_part.astype(np.int32).ravel(),
+        of_row.astype(np.int32).ravel(),
     )
 
 

@@ -7,8 +7,9 @@ margins of the layout have to be zeroed by whoever writes the image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -22,9 +23,9 @@ from .tile_chunks import Chunks
 from .tile_images import ImageEnds, Images, why_not_images
 from .tile_planes import Planes
 from .tiles import CHUNKS
-from .vector_code import VectorCode, is_far, part_of
+from .vector_code import VectorCode, is_far
 from .winograd_plan import WinogradPlan
-from .winograd_steps import Inputs, Own, Reader, Store, WinogradSteps, Writer
+from .winograd_steps import Own, Reader, Store, WinogradSteps, Writer
 
 
 def sparse_winograd(
@@ -81,6 +82,15 @@ class _Block:
     length: int
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a thread does of a block: a part of each step."""
+
+    inputs: tir.Buffer
+    products: tir.Buffer
+    part: tir.PrimExpr = field(default_factory=lambda: tir.const(0, "int32"))
+
+
 class _Kernel:
     """Emits one convolution."""
 
@@ -107,25 +117,30 @@ class _Kernel:
         return self.ib.get()
 
     def _blocks_in_parallel(self) -> None:
-        plan = self.plan
-        with self.code.loop(plan.all_blocks, "block", "parallel") as number:
-            inputs = Inputs(self._allocate("V", plan.inputs_size))
+        with self.code.loop(self.plan.all_blocks, "block", "parallel") as number:
+            work = _Work(*self._between())
 
             def compute(block: _Block) -> None:
-                self._transform(block, tir.const(0, "int32"), inputs)
-                self._compute(block, tir.const(0, "int32"), inputs)
+                for step in self._each_step:
+                    step(work, block)
 
             self._of_any_length(number, compute)
 
     def _parts_in_parallel(self) -> None:
-        """Of channels, then of filters; by blocks, so that threads mostly read what they have written."""
-        plan = self.plan
-        inputs = self._allocate("V", plan.all_blocks * plan.inputs_size)
-        for step, parts in ((self._transform, plan.channel_parts), (self._compute, plan.filter_parts)):
-            with self.code.loop(plan.all_blocks * parts, "part", "parallel") as i:
-                number, part = self.code.let(i // parts), self.code.let(tir.floormod(i, parts))
-                own = Inputs(inputs, self.code.let(number * plan.inputs_size))
-                self._of_any_length(number, partial(step, part=part, inputs=own))
+        """Of one block after the other, so that what is in between stays in L2."""
+        inputs, products = self._between()
+        with self.code.loop(self.plan.all_blocks, "block") as number:
+            for step in self._each_step:
+                with self.code.loop(self.plan.parts, "part", "parallel") as part:
+                    self._of_any_length(number, partial(step, _Work(inputs, products, part)))
+
+    def _between(self) -> tuple[tir.Buffer, tir.Buffer]:
+        """Room for the transformed input of a block, and for its products."""
+        return self._allocate("V", self.plan.inputs_size), self._allocate("M", self.plan.products_size)
+
+    @property
+    def _each_step(self) -> tuple[Callable[[_Work, _Block], None], ...]:
+        return self._transform_input, self._multiply, self._transform_output
 
     def _of_any_length(self, number: tir.PrimExpr, emit: Callable[[_Block], None]) -> None:
         """Emit for a block; some may be a vector shorter."""
@@ -140,47 +155,58 @@ class _Kernel:
         with self.ib.else_scope():
             emit(_Block(image, first, blocking.vectors - 1))
 
-    def _transform(self, block: _Block, part: tir.PrimExpr, inputs: Inputs) -> None:
-        """A part of the channels."""
-        code, plan = self.code, self.plan
-        with self.ib.if_scope(part == 0):
-            self.steps.clear_fill(inputs)
+    def _transform_input(self, work: _Work, block: _Block) -> None:
+        """Of a part of the channels."""
+        with self.ib.if_scope(work.part == 0):
+            self.steps.clear_fill(work.inputs)
         source = self._images(block, self.ends.nchw_data)
-        first, end = (code.let(_share(part + i, self.geometry.in_channels, plan.channel_parts)) for i in (0, 1))
-        with code.loop(end - first, "c") as within:
-            c = code.let(first + within)
-            self.steps.transform_input(c, block.length, source.reader(self.buffers.data, block.image, c), inputs)
+        with self._part_of(self.geometry.in_channels, work, "c") as c:
+            reader = source.reader(self.buffers.data, block.image, c)
+            self.steps.transform_input(c, block.length, reader, work.inputs)
 
-    def _compute(self, block: _Block, part: tir.PrimExpr, inputs: Inputs) -> None:
-        """A part of the filters."""
-        code, plan = self.code, self.plan
-        products = self._allocate("M", plan.positions * plan.product_stride)
-        busy = self._busy_positions()
-        target, first = self._images(block, self.ends.nchw_result), code.let(part * plan.part_filters)
-        with code.loop(len(plan.busy), "number") as number:
-            here, following = (code.let(busy.vload([number + ahead])) for ahead in (0, 1))
-            fetch = partial(self._fetch_result, block, target, first, number)
-            self.steps.multiply(here, following, part, block.length, inputs, products, fetch)
-        with code.loop(part_of(plan.part_filters, self.geometry.out_channels, first), "k") as row:
-            k = code.let(first + row)
+    def _multiply(self, work: _Work, block: _Block) -> None:
+        """At a part of the positions, which are dealt out: neighbours have about as many weights."""
+        code, parts, busy = self.code, self.plan.parts, self._busy_positions()
+        fetch_result = self._fetcher_of_result(block)
+        with code.loop((len(self.plan.busy) - work.part + (parts - 1)) // parts, "i") as i:
+            number = code.let(work.part + i * parts)
+            here, following = (code.let(busy.vload([number + ahead])) for ahead in (0, parts))
+            fetch = partial(fetch_result, number)
+            self.steps.multiply(here, following, block.length, work.inputs, work.products, fetch)
+
+    def _transform_output(self, work: _Work, block: _Block) -> None:
+        """Of a part of the filters."""
+        target = self._images(block, self.ends.nchw_result)
+        with self._part_of(self.geometry.out_channels, work, "k") as k:
             target.clear(self.buffers.result, block.image, k)
-            self.steps.transform_output(k, row, block.length, products, self._writer(target, block.image, k))
+            self.steps.transform_output(k, block.length, work.products, self._writer(target, block.image, k))
 
-    def _fetch_result(
-        self, block: _Block, target: _Images, first: tir.PrimExpr, number: tir.PrimExpr, bundle: tir.PrimExpr
-    ) -> None:
-        """What will be written of as many filters as are in a bundle, a share at each position: products need only what
-        is near."""
+    @contextmanager
+    def _part_of(self, count: int, work: _Work, name: str) -> Iterator[tir.PrimExpr]:
+        """A loop over a part of so many."""
+        code = self.code
+        first, end = (code.let(_share(work.part + i, count, self.plan.parts)) for i in (0, 1))
+        with code.loop(end - first, name) as within:
+            yield code.let(first + within)
+
+    def _fetcher_of_result(self, block: _Block) -> Callable[[tir.PrimExpr, tir.PrimExpr], None]:
+        """(number of a busy position, bundle) -> emits a share of what fetches the lines that are to be written, of as
+        many filters as are in a bundle: products need only what is near."""
         code, plan, together = self.code, self.plan, self.plan.blocking.together
         if not (code.features.fetch and self._is_far(self.geometry.out_channels)):
-            return
+            return lambda number, bundle: None
+        target = self._images(block, self.ends.nchw_result)
         rows = block.length * plan.layout.m
         share = -(-together * rows // len(plan.busy))
-        for i in range(share):
-            row = code.let(number * share + i)
-            with self.ib.if_scope(row < together * rows):
-                k = code.let(first + bundle * together + row // rows)
-                target.fetch_row(self.buffers.result, block.image, k, code.let(tir.floormod(row, rows)))
+
+        def fetch(number: tir.PrimExpr, bundle: tir.PrimExpr) -> None:
+            for i in range(share):
+                row = code.let(number * share + i)
+                with self.ib.if_scope(row < together * rows):
+                    k = code.let(bundle * together + row // rows)
+                    target.fetch_row(self.buffers.result, block.image, k, code.let(tir.floormod(row, rows)))
+
+        return fetch
 
     def _is_far(self, channels: int) -> bool:
         """Whether an image of so many channels is."""
@@ -190,10 +216,10 @@ class _Kernel:
         return self.ib.allocate("float32", elements, name=name, scope="global")._buffer
 
     def _busy_positions(self) -> tir.Buffer:
-        """And behind them once more the last, for what is fetched ahead."""
-        busy = self.plan.busy
-        positions = self.ib.allocate("int32", len(busy) + 1, name="busy", scope="global")._buffer
-        for number, position in enumerate([*busy, busy[-1]]):
+        """And behind them the last, for what is fetched ahead."""
+        busy, parts = self.plan.busy, self.plan.parts
+        positions = self.ib.allocate("int32", len(busy) + parts, name="busy", scope="global")._buffer
+        for number, position in enumerate([*busy, *[busy[-1]] * parts]):
             self.ib.emit(tir.BufferStore(positions, tir.const(position, "int32"), [number]))
         return positions
 

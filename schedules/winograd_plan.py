@@ -13,9 +13,6 @@ _SKEW = 16
 """Positions of a tile are a line (16 floats) more than their contents apart: at powers of two apart, all n x n of them
 would fight for the same few ways of L1."""
 
-_PART_BUNDLES = 4
-"""At least, of a part of the filters: with fewer, more has to be filled up, as rows of unlike length share a bundle."""
-
 
 @dataclass(frozen=True)
 class WinogradPlan:
@@ -52,8 +49,8 @@ class WinogradPlan:
 
     @property
     def blocks_in_parallel(self) -> bool:
-        """Whether each block is computed from beginning to end by one thread; otherwise parts of the channels of all
-        blocks are transformed in parallel, then parts of the filters computed."""
+        """Whether each block is computed from beginning to end by one thread; otherwise all share out one block after
+        the other."""
         return self.all_blocks >= PARALLEL_BLOCKS
 
     @property
@@ -82,25 +79,10 @@ class WinogradPlan:
         return self.geometry.batch * self.blocking.blocks
 
     @property
-    def channel_parts(self) -> int:
-        """Of the channels of a block, each transformed by one thread; one where blocks are in parallel. No more than it
-        takes for as many parts as there would have to be blocks: each part of the filters reads all channels again."""
-        return -(-PARALLEL_BLOCKS // self.all_blocks)
-
-    @property
-    def filter_parts(self) -> int:
-        """Of the filters of a block, each computed by one thread; one where blocks are in parallel."""
-        return -(-self.bundles // self.part_bundles)
-
-    @property
-    def part_bundles(self) -> int:
-        """Bundles of a part; the last may have fewer."""
-        return max(-(-self.bundles // self.channel_parts), min(self.bundles, _PART_BUNDLES))
-
-    @property
-    def part_filters(self) -> int:
-        """Filters of a part; the last may have fewer."""
-        return min(self.part_bundles * self.blocking.together, self.geometry.out_channels)
+    def parts(self) -> int:
+        """Of a block, each done by one thread: of its channels, which are transformed, then of its positions, at which
+        is multiplied, then of its filters, which are transformed back."""
+        return 1 if self.blocks_in_parallel else PARALLEL_BLOCKS
 
     @property
     def inputs_size(self) -> int:
@@ -124,8 +106,13 @@ class WinogradPlan:
 
     @property
     def product_stride(self) -> int:
-        """Floats of a position of the products: a part's filters, and one that takes what fills a bundle up."""
-        return (self.part_filters + 1) * self.tiles + _SKEW
+        """Floats of a position of the products: all filters, and one that takes what fills a bundle up."""
+        return (self.geometry.out_channels + 1) * self.tiles + _SKEW
+
+    @property
+    def products_size(self) -> int:
+        """Floats of the products of a block."""
+        return self.positions * self.product_stride
 
 
 @cache

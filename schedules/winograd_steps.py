@@ -16,7 +16,7 @@ from itertools import chain
 from tvm import tir
 
 from .convolution_buffers import ConvolutionBuffers
-from .vector_code import LINE, VectorCode, part_of
+from .vector_code import LINE, VectorCode
 from .winograd import transform
 from .winograd_plan import WinogradPlan
 
@@ -50,14 +50,6 @@ Writer = Callable[[tir.PrimExpr], Store]
 """(first tile of a vector) -> how its pixels are written."""
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The transformed input of a block. first: float of the buffer with which it begins."""
-
-    buffer: tir.Buffer
-    first: tir.PrimExpr | int = 0
-
-
 _MOST_LINES = 64
 """Fetched ahead by the code of one bundle."""
 
@@ -80,22 +72,22 @@ class WinogradSteps:
         self.matrices = transform(plan.layout.m, plan.geometry.kernel[0])
         self.reach = (plan.geometry.kernel[0] - 1) // 2
 
-    def clear_fill(self, inputs: Inputs) -> None:
+    def clear_fill(self, inputs: tir.Buffer) -> None:
         """The channel of zeros behind the others."""
         plan, code = self.plan, self.code
-        behind = inputs.first + plan.geometry.in_channels * plan.tiles
+        behind = plan.geometry.in_channels * plan.tiles
         with code.loop(plan.positions, "position") as position:
             for t in range(plan.blocking.vectors):
                 place = behind + position * plan.input_stride + t * code.lanes
-                code.store(inputs.buffer, code.splat(0.0), place)
+                code.store(inputs, code.splat(0.0), place)
 
-    def transform_input(self, c: tir.PrimExpr, vectors: int, reader: Reader, inputs: Inputs) -> None:
+    def transform_input(self, c: tir.PrimExpr, vectors: int, reader: Reader, inputs: tir.Buffer) -> None:
         """``V = BT d B`` for one channel."""
         code, n = self.code, self.matrices.n
         code.align_stack()
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
-            target = code.let(inputs.first + c * self.plan.tiles + vector)
+            target = code.let(c * self.plan.tiles + vector)
             pixels = reader(vector, self.reach)
             columns = [code.product(self.matrices.BT, partial(self._pixel, pixels, v)) for v in pixels.loaded]
             for u in range(n):
@@ -103,7 +95,7 @@ class WinogradSteps:
                 row = code.product(self.matrices.BT, of_tiles.__getitem__)
                 for v in range(n):
                     if u * n + v not in self.plan.idle:
-                        code.store(inputs.buffer, row[v], (u * n + v) * self.plan.input_stride + target)
+                        code.store(inputs, row[v], (u * n + v) * self.plan.input_stride + target)
 
     def _pixel(self, pixels: Pixels, v: int, u: int) -> tir.PrimExpr:
         return pixels.load(u - self.reach, v)
@@ -112,35 +104,34 @@ class WinogradSteps:
         self,
         xi: tir.PrimExpr,
         following: tir.PrimExpr,
-        part: tir.PrimExpr,
         vectors: int,
-        inputs: Inputs,
+        inputs: tir.Buffer,
         products: tir.Buffer,
         meanwhile: Callable[[tir.PrimExpr], None],
     ) -> None:
-        """``M = U V`` at one position for a part of the filters: sums in registers, non-zeros outside, vectors inside.
+        """``M = U V`` at one position: sums in registers, non-zeros outside, vectors inside.
 
         Args:
             following: the position that comes next.
-            meanwhile: emits what else is to be done for a bundle, by its number within the part.
+            meanwhile: emits what else is to be done for a bundle.
         """
         code, plan, together = self.code, self.plan, self.plan.blocking.together
         buffers = self.buffers
         assert buffers.filters is not None
-        base, target = code.let(inputs.first + xi * plan.input_stride), code.let(xi * plan.product_stride)
-        first_bundle = part * plan.part_bundles
-        with code.loop(part_of(plan.part_bundles, plan.bundles, first_bundle), "bundle") as within:
-            bundle = code.let(xi * plan.bundles + first_bundle + within)
+        base = code.let(xi * plan.input_stride)
+        target = code.let(xi * plan.product_stride)
+        with code.loop(plan.bundles, "bundle") as within:
+            bundle = code.let(xi * plan.bundles + within)
             first_nonzero = code.let(buffers.indptr[bundle])
             count = code.let(buffers.indptr[bundle + 1] - first_nonzero)
             sums = [code.array(vectors, "sums") for _ in range(together)]
             for one in chain(*sums):
                 code.set(one, code.splat(0.0))
-            self._fetch_next(inputs.buffer, inputs.first + following * plan.input_stride, within)
+            self._fetch_next(inputs, following * plan.input_stride, within)
             meanwhile(within)
             # In 64 bits, so that what is added to them becomes part of an address.
             first_entry, first_input = (code.let(tir.Cast("int64", at)) for at in (first_nonzero * together, base))
-            add = partial(self._add_products, sums, Inputs(inputs.buffer, first_input))
+            add = partial(self._add_products, sums, inputs, first_input)
             unrolled = code.let(count // _UNROLLED)
             with code.loop(unrolled, "unrolled") as u:
                 add(code.let(first_entry + tir.Cast("int64", u) * (_UNROLLED * together)), _UNROLLED)
@@ -172,12 +163,17 @@ class WinogradSteps:
         return [tir.Cast("int64", index) * self.plan.index_unit for index in each]
 
     def _add_products(
-        self, sums: Sequence[Sequence[tir.BufferLoad]], inputs: Inputs, entry: tir.PrimExpr, count: int
+        self,
+        sums: Sequence[Sequence[tir.BufferLoad]],
+        inputs: tir.Buffer,
+        first_input: tir.PrimExpr,
+        entry: tir.PrimExpr,
+        count: int,
     ) -> None:
-        """Of some non-zeros of each row, from an entry on.
+        """Of so many non-zeros of each row, from an entry on.
 
         Args:
-            inputs: of the position.
+            first_input: where those of the position begin.
         """
         code, values, together = self.code, self.buffers.values, self.plan.blocking.together
         weights = code.splats_behind(values, entry)
@@ -185,8 +181,8 @@ class WinogradSteps:
             if number * together % LINE == 0:
                 code.fetch(values, entry + (number * together + _VALUES_AHEAD))
             for r, distance in enumerate(self._distances(entry + number * together)):
-                operand = code.let(inputs.first + distance)
-                self._multiply_add(sums[r], weights(number * together + r), inputs.buffer, operand)
+                operand = code.let(first_input + distance)
+                self._multiply_add(sums[r], weights(number * together + r), inputs, operand)
 
     def _multiply_add(
         self, sums: Sequence[tir.BufferLoad], weight: tir.PrimExpr, inputs: tir.Buffer, operand: tir.PrimExpr
@@ -202,24 +198,18 @@ class WinogradSteps:
 
     def _fetch_next(self, inputs: tir.Buffer, base: tir.PrimExpr, bundle: tir.PrimExpr) -> None:
         """Of the transformed input of the next position, the part of one bundle: before it is needed."""
-        lines = -(-self.plan.input_stride // (self.plan.part_bundles * LINE))
+        lines = -(-self.plan.input_stride // (self.plan.bundles * LINE))
         for line in range(min(lines, _MOST_LINES)):
             self.code.fetch(inputs, base + (bundle * lines + line) * LINE)
 
-    def transform_output(
-        self, k: tir.PrimExpr, place: tir.PrimExpr, vectors: int, products: tir.Buffer, writer: Writer
-    ) -> None:
-        """``Y = AT M A`` and the bias, for one filter.
-
-        Args:
-            place: the filter's among the products.
-        """
+    def transform_output(self, k: tir.PrimExpr, vectors: int, products: tir.Buffer, writer: Writer) -> None:
+        """``Y = AT M A`` and the bias, for one filter."""
         code, n, m = self.code, self.matrices.n, self.plan.layout.m
         code.align_stack()
         bias = code.keep(code.splat(self.buffers.bias[k]))
         with code.loop(vectors, "t") as t:
             vector = code.let(t * code.lanes)
-            source, store = code.let(place * self.plan.tiles + vector), writer(vector)
+            source, store = code.let(k * self.plan.tiles + vector), writer(vector)
 
             def at_position(v: int, u: int) -> tir.PrimExpr:
                 return code.load(products, (u * n + v) * self.plan.product_stride + source)

@@ -184,9 +184,8 @@ def test_what_is_shared_out() -> None:
         geometry = ConvGeometry(batch, channels, size, size, filters, (3, 3), padding=(1, 1, 1, 1), groups=groups)
         plans.append(winograd_plan(geometry, 4, cpu_facts(HASWELL)))
     in_parts = [plan for plan in plans if not plan.blocks_in_parallel]
-    assert any(plan.filter_parts > 1 and plan.bundles % plan.part_bundles for plan in in_parts)
-    assert any(plan.channel_parts > plan.geometry.in_channels for plan in in_parts)
-    assert any(plan.filter_parts == 1 for plan in in_parts)
+    assert any(plan.geometry.out_channels % plan.parts for plan in in_parts)
+    assert any(plan.parts > plan.geometry.in_channels for plan in in_parts)
     assert {plan.all_blocks for plan in in_parts} == {1, 2, 3}
     assert any(plan.blocking.blocks > 1 for plan in in_parts)
     assert sum(plan.blocks_in_parallel and not plan.blocking.even for plan in plans) >= 2
