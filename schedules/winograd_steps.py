@@ -54,7 +54,10 @@ _MOST_LINES = 64
 """Fetched ahead by the code of one bundle."""
 
 _UNROLLED = 4
-"""Non-zeros of each row that a pass of the loop takes: with four rows, a line of weights, fetched once."""
+"""Non-zeros of each row that a pass of the loop takes at most: with four rows, a line of weights, fetched once."""
+
+_MULTIPLY_ADDS = 32
+"""Of a pass at most: with twice as many, LLVM 22 has sums on the stack."""
 
 _VALUES_AHEAD = 256
 """Non-zeros from the one that is used to the one that is fetched: in a network weights come from beyond L2."""
@@ -132,10 +135,11 @@ class WinogradSteps:
             # In 64 bits, so that what is added to them becomes part of an address.
             first_entry, first_input = (code.let(tir.Cast("int64", at)) for at in (first_nonzero * together, base))
             add = partial(self._add_products, sums, inputs, first_input)
-            unrolled = code.let(count // _UNROLLED)
-            with code.loop(unrolled, "unrolled") as u:
-                add(code.let(first_entry + tir.Cast("int64", u) * (_UNROLLED * together)), _UNROLLED)
-            rest = code.let(unrolled * _UNROLLED)
+            step = max(1, min(_UNROLLED, _MULTIPLY_ADDS // (together * vectors)))
+            passes = code.let(count // step)
+            with code.loop(passes, "pass") as number:
+                add(code.let(first_entry + tir.Cast("int64", number) * (step * together)), step)
+            rest = code.let(passes * step)
             with code.loop(count - rest, "e") as e:
                 add(code.let(first_entry + tir.Cast("int64", rest + e) * together), 1)
             for r in range(together):
