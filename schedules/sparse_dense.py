@@ -114,8 +114,9 @@ def sparse_dense(
     Returns:
         (batch, outputs).
     """
+    # No address is read from more than once.
+    features = replace(features, gather=features.gather and plan.group == GROUP, hold_address=False)
     if plan.batch == 1:
-        features = replace(features, gather=features.gather and plan.group == GROUP)
         lanes = GROUP if features.gather else min(lanes, plan.group, _INSERTED)
         body = partial(_one_image, plan, lanes, features)
     else:

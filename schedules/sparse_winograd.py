@@ -1,5 +1,5 @@
-"""Sparse Winograd convolution F(m x m, r x r) of images in the tile layout of tiles.py or NCHW: how blocks, channels
-and filters are shared out. What is done with them is in winograd_steps.py.
+"""Sparse Winograd convolution F(m x m, r x r) of images in the tile layout of tiles.py or NCHW: how blocks, channels,
+positions and filters are shared out. What is done with them is in winograd_steps.py.
 
 It is written in TIR, not TE: a transform has to stay in registers, which needs its sums named and shared, and the
 margins of the layout have to be zeroed by whoever writes the image.

@@ -10,7 +10,7 @@ import tvm
 from tvm import tir
 
 from .aligned_stack import align_stack
-from .registers import hold_address, hold_vector, load_behind
+from .registers import hold_address, hold_vector, import_functions, load_behind
 from .targets import PLAIN_CODE, STACK_BYTES, CodeFeatures
 from .winograd import Matrix
 
@@ -48,6 +48,9 @@ class VectorCode:
         self.features = features
         self._scalars = 0
         self._slots: list[tir.PrimExpr] = []
+        self._holds = features.hold_address and lanes > 1
+        if self._holds:
+            import_functions(ib, lanes, vectors=features.embed_broadcast)
 
     def align_stack(self) -> None:
         """For code that will not find room for all its vectors in registers."""
@@ -101,21 +104,21 @@ class VectorCode:
     def behind(self, buffer: tir.Buffer, *index: tir.PrimExpr) -> Behind:
         """Vectors behind an index, for several that are operands of multiply-adds."""
         *outer, last = index
-        if not (self.features.hold_address and self.lanes > 1):
+        if not self._holds:
             return lambda floats: self.load(buffer, *outer, last + floats)
         address = hold_address(self.ib, tir.BufferLoad(buffer, list(index)))
-        return lambda floats: load_behind(self.ib, address, floats, self.lanes)
+        return lambda floats: load_behind(address, floats, self.lanes)
 
     def splats_behind(self, buffer: tir.Buffer, index: tir.PrimExpr) -> Behind:
         """Numbers behind an index, each in every lane."""
-        if not self.features.hold_address:
+        if not self._holds:
             return lambda floats: self.splat(buffer[index + floats])
         address = hold_address(self.ib, tir.BufferLoad(buffer, [index]))
-        return lambda floats: self.splat(load_behind(self.ib, address, floats, 1))
+        return lambda floats: self.splat(load_behind(address, floats, 1))
 
     def hold(self, vector: tir.PrimExpr) -> tir.PrimExpr:
         """A vector for a multiply-add that is to broadcast its other operand: in a register, not read by it."""
-        return hold_vector(self.ib, vector, self.lanes) if self.features.embed_broadcast else vector
+        return hold_vector(vector, self.lanes) if self._holds and self.features.embed_broadcast else vector
 
     def store(self, buffer: tir.Buffer, value: tir.PrimExpr, *index: tir.PrimExpr) -> None:
         """A vector to an index, along the last axis."""

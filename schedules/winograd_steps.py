@@ -54,7 +54,8 @@ _MOST_LINES = 64
 """Fetched ahead by the code of one bundle."""
 
 _UNROLLED = 4
-"""Non-zeros of each row that a pass of the loop takes at most: with four rows, a line of weights, fetched once."""
+"""Non-zeros of each row that a pass of the loop takes at most: with four rows, a line of weights. Each pass fetches
+one."""
 
 _MULTIPLY_ADDS = 32
 """Of a pass at most: with twice as many, LLVM 22 has sums on the stack."""
@@ -181,9 +182,8 @@ class WinogradSteps:
         """
         code, values, together = self.code, self.buffers.values, self.plan.blocking.together
         weights = code.splats_behind(values, entry)
+        code.fetch(values, entry + _VALUES_AHEAD)
         for number in range(count):
-            if number * together % LINE == 0:
-                code.fetch(values, entry + (number * together + _VALUES_AHEAD))
             for r, distance in enumerate(self._distances(entry + number * together)):
                 operand = code.let(first_input + distance)
                 self._multiply_add(sums[r], weights(number * together + r), inputs, operand)
