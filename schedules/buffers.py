@@ -46,16 +46,20 @@ def dense_buffers(plan: DensePlan, lanes: int) -> dict[str, int]:
 
 
 def direct_buffers(plan: DirectPlan) -> dict[str, int]:
-    """Elements of what sparse direct convolution keeps in between."""
+    """Elements of what sparse direct convolution keeps, between and in its weights; bundles filled up."""
     planes = plan.planes_size * (plan.all_blocks if plan.in_parts else 1)
-    return {"packed input": planes, "sums": plan.sums_filters * plan.rows * plan.cols}
+    return {
+        "weights in bundles": _in_direct_bundles(plan),
+        "packed input": planes,
+        "sums": plan.sums_filters * plan.rows * plan.cols,
+    }
 
 
 def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:
     """Elements of what sparse Winograd convolution keeps, between and in its weights; bundles filled up."""
     geometry = plan.geometry
     return {
-        "weights in bundles": _in_bundles(plan),
+        "weights in bundles": _in_winograd_bundles(plan),
         "input in tiles": math.prod(plan.layout.shape(geometry.batch, geometry.in_channels)),
         "result in tiles": math.prod(plan.layout.shape(geometry.batch, geometry.out_channels)),
         "transformed input": plan.inputs_size,
@@ -63,6 +67,14 @@ def winograd_buffers(plan: WinogradPlan) -> dict[str, int]:
     }
 
 
-def _in_bundles(plan: WinogradPlan) -> int:
+def _in_direct_bundles(plan: DirectPlan) -> int:
+    """At most; with groups a filter has weights in one block of channels only."""
+    geometry = plan.geometry
+    rows = plan.segments * -(-plan.segment_filters // plan.together) * plan.together
+    blocks = plan.channel_blocks if geometry.groups > 1 else 1
+    return rows * blocks * (geometry.in_channels // geometry.groups) * math.prod(geometry.kernel)
+
+
+def _in_winograd_bundles(plan: WinogradPlan) -> int:
     rows = plan.positions * plan.bundles * plan.blocking.together
     return rows * (plan.geometry.in_channels // plan.geometry.groups)

@@ -53,7 +53,8 @@ def conv2d_sparse_direct(
     plan = direct_plan(geometry, cpu_facts(target))
     rows = pack_direct(weight, plan)
     bias = relay.const(np.zeros(geometry.out_channels, np.float32))
-    return call(DIRECT, [data, *_constants(rows), bias], **direct_attributes(geometry, plan))
+    arguments = [data, *_constants(rows), relay.const(rows.filters), bias]
+    return call(DIRECT, arguments, **direct_attributes(geometry, plan))
 
 
 def conv2d_sparse_winograd(

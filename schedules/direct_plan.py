@@ -17,6 +17,15 @@ _FAR = 1024 * 1024  # bytes of input, of which rows read again are no longer nea
 _PANELS = (1, 2, 4, 8)
 """Panels tried in a block."""
 
+_TOGETHER = (1, 2, 4)
+"""Rows of weights: so many indices are loaded at once."""
+
+_SUMS = 1024  # bytes
+"""Of a bundle, or those of a row if they are more: what is written at a time. Twice of it was 1 to 9 % slower."""
+
+_SPARE = 8
+"""Times what fills up the last bundle of a segment, there are rows in it."""
+
 _THREADS = (1, 2, 4)
 _IDLE = 0.3
 """How much idle threads count: one thread is the common case."""
@@ -47,6 +56,7 @@ class DirectPlan:
         shifted: whether every column of the filter has planes of its own, whose rows are as long as a block. Where
             these are whole vectors, all are aligned.
         packed: whether there are planes at all.
+        together: rows of weights computed side by side: loops, at whose end a core stumbles, are longer and fewer.
     """
 
     geometry: ConvGeometry
@@ -57,6 +67,7 @@ class DirectPlan:
     panels: int = 1
     shifted: bool = True
     packed: bool = True
+    together: int = 1
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -101,6 +112,22 @@ class DirectPlan:
         """Of the filters of a block, each computed by one thread; one where blocks are in parallel, not used with
         groups."""
         return -(-self.geometry.out_channels // self.part_filters)
+
+    @property
+    def segments(self) -> int:
+        """Of the filters, for each of which every block of channels has bundles of its own."""
+        return self.filter_parts if self.geometry.groups == 1 else 1
+
+    @property
+    def segment_filters(self) -> int:
+        """Filters of a segment; the last may have fewer. With groups, those that read a block of channels."""
+        return self.part_filters if self.geometry.groups == 1 else self.geometry.out_channels // self.channel_blocks
+
+    @property
+    def bundles(self) -> int:
+        """Of a segment: one more than the filters fill, as rows without any weight are in bundles of their own. The
+        last may be none."""
+        return -(-self.segment_filters // self.together) + (self.together > 1)
 
     def _of_a_part(self, number: int) -> int:
         """Of so many channels or filters of a block: all blocks together have PARALLEL_BLOCKS parts, or a few more."""
@@ -167,8 +194,9 @@ class DirectPlan:
 
     @property
     def sums_filters(self) -> int:
-        """Filters whose sums a thread keeps: those of a part, or one where it is done with each before the next."""
-        return 1 if self.visits == 1 else self.part_filters
+        """Filters whose sums a thread keeps: those of a part, or of a bundle where it is done with each before the
+        next."""
+        return self.together if self.visits == 1 else self.part_filters
 
     @property
     def straddling(self) -> float:
@@ -223,7 +251,15 @@ class DirectPlan:
 def direct_plan(geometry: ConvGeometry, cpu: Cpu) -> DirectPlan:
     """The plan for a CPU: the one that takes the least time, by a rough count."""
     shape = in_one_row(geometry)
-    return min(candidates(shape, cpu), key=lambda plan: _nanoseconds(plan, cpu))
+    return _bundled(min(candidates(shape, cpu), key=lambda plan: _nanoseconds(plan, cpu)), cpu)
+
+
+def _bundled(plan: DirectPlan, cpu: Cpu) -> DirectPlan:
+    """With as many rows together as have their sums in registers, and bundles as good as filled."""
+    sums = min(cpu.registers - 2, _SUMS // (plan.lanes * _FLOAT))
+    fitting = [number for number in _TOGETHER if number * plan.panel_vectors <= sums]
+    full = [number for number in fitting if _SPARE * (-plan.segment_filters % number) <= plan.segment_filters]
+    return replace(plan, together=max(full, default=1))
 
 
 def candidates(geometry: ConvGeometry, cpu: Cpu) -> Iterator[DirectPlan]:
@@ -296,7 +332,7 @@ def _nanoseconds(plan: DirectPlan, cpu: Cpu) -> float:
     sums_bytes = geometry.out_channels * plan.rows * plan.cols * _FLOAT
     passing = min(1.0, sums_bytes / cpu.l1) if plan.visits > 1 else 0.0
     multiply_add = 0.12 + (0.1 * read + 0.02 * passing) * line**2 + 0.17 * plan.straddling * line
-    products = _NONZERO * channels * height * width * plan.panels * (0.25 + multiply_add * plan.panel_vectors)
+    products = _NONZERO * channels * height * width * plan.panels * (0.15 + multiply_add * plan.panel_vectors)
     # Out to L2 and back between blocks of channels; then to the image, worse if many rows are begun at a time.
     sums = plan.vectors * line * (0.7 * (plan.visits - 1) + 1.8 + 0.9 * min(1.0, sums_bytes / _MANY_SUMS))
     packing = 0.0

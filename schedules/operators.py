@@ -1,10 +1,9 @@
 """The operators of the sparse layers; importing this module registers them and readies LLVM.
 
-``jointsparse.conv2d_sparse_direct`` takes data, three constants (values, indices, indptr: SparseRows of formats.py) and
-a bias, in its form ``..._add`` a residual as well, which it adds before it activates; NCHW, float32.
+``jointsparse.conv2d_sparse_direct`` takes data, four constants (values, indices, indptr, filters: BundledRows of
+formats.py) and a bias, in its form ``..._add`` a residual as well, which it adds before it activates; NCHW, float32.
 ``jointsparse.conv2d_sparse_winograd`` does the same with images in tile layout, into and out of which
-``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them, or with images NCHW (see tile_images.py); its four
-constants are BundledRows.
+``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them, or with images NCHW (see tile_images.py).
 ``jointsparse.dense_sparse`` is otherwise like ``nn.dense``: what may follow it is fused into it.
 """
 
@@ -103,8 +102,7 @@ _WEIGHTS = {
     "indices": "where the operand of each non-zero lies",
     "indptr": "start of each row",
 }
-_CONVOLUTION = {"data": "input", **_WEIGHTS, "bias": "of each filter"}
-_WINOGRAD = {"data": "input", **_WEIGHTS, "filters": "filter of each row", "bias": "of each filter"}
+_CONVOLUTION = {"data": "input", **_WEIGHTS, "filters": "filter of each row", "bias": "of each filter"}
 _RESIDUAL = {"residual": "of the shape of the result"}
 _BIAS: dict[str, OtherShape] = {"bias": lambda result: result[1:2]}
 _BIAS_AND_RESIDUAL: dict[str, OtherShape] = {**_BIAS, "residual": lambda result: result}
@@ -124,8 +122,8 @@ for _name, _arguments, _others in (
         other_shapes=_others,
     )
 for _name, _arguments, _others in (
-    (WINOGRAD, _WINOGRAD, _BIAS),
-    (WINOGRAD_ADD, _WINOGRAD | _RESIDUAL, _BIAS_AND_RESIDUAL),
+    (WINOGRAD, _CONVOLUTION, _BIAS),
+    (WINOGRAD_ADD, _CONVOLUTION | _RESIDUAL, _BIAS_AND_RESIDUAL),
 ):
     register(
         _name,

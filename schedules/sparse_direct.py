@@ -21,9 +21,10 @@ from tvm import te, tir
 from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .direct_plan import DirectPlan
 from .epilogues import Activation
+from .products import Operands, Products
 from .row_code import copy_every, each_run, each_vector
 from .targets import CodeFeatures
-from .vector_code import LINE, Behind, VectorCode, is_far, part_of
+from .vector_code import LINE, VectorCode, is_far, part_of
 
 
 def sparse_direct(
@@ -37,7 +38,7 @@ def sparse_direct(
     """Convolve, add, activate.
 
     Args:
-        arguments: data (N, C, H, W), float32, of the plan's geometry; SparseRows of formats.pack_direct for the plan;
+        arguments: data (N, C, H, W), float32, of the plan's geometry; BundledRows of formats.pack_direct for the plan;
             bias (K,); residual of the shape of the result.
         shape: of the result; not the plan's, if that has the image in one row.
         features: of the target.
@@ -50,6 +51,8 @@ def sparse_direct(
 
 _FILTERS_AHEAD = 4
 """From the one whose sums are computed to the one whose outputs are fetched."""
+
+_ZERO = tir.const(0, "int32")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,14 @@ class _Work:
     first: tir.PrimExpr | int = 0
 
 
+@dataclass(frozen=True)
+class _Bundle:
+    """Rows of weights. alone: the filter, if there is one row in each."""
+
+    number: tir.PrimExpr
+    alone: tir.PrimExpr
+
+
 class _Kernel:
     """Emits one convolution."""
 
@@ -93,6 +104,7 @@ class _Kernel:
         self.activation = activation
         self.ib = tvm.tir.ir_builder.create()
         self.code = VectorCode(self.ib, plan.lanes, features=features)
+        self.products = Products(self.code, buffers, plan.together)
 
     def emit(self) -> tir.Stmt:
         if self.plan.in_parts:
@@ -130,12 +142,10 @@ class _Kernel:
                 self._pack(self._at(number), first, part_of(plan.part_channels, geometry.in_channels, first), place)
         with code.loop(plan.all_blocks * plan.filter_parts, "part", "parallel") as i:
             number, part = self._split(i, plan.filter_parts)
-            first = code.let(part * plan.part_filters)
-            count = part_of(plan.part_filters, geometry.out_channels, first)
             own = planes and _Planes(planes.buffer, code.let(number * plan.planes_size))
-            work = _Work(self._at(number), own, self._sums(), first)
+            work = _Work(self._at(number), own, self._sums(), code.let(part * plan.part_filters))
             with code.loop(plan.channel_blocks, "c") as channels:
-                self._add_products(work, channels, first, count)
+                self._add_products(work, channels, part)
 
     def _split(self, i: tir.PrimExpr, parts: int) -> tuple[tir.PrimExpr, tir.PrimExpr]:
         """Number of a whole, and of its part within."""
@@ -169,11 +179,7 @@ class _Kernel:
         if work.planes is not None:
             first = channels * plan.channels
             self._pack(work.block, first, part_of(plan.channels, geometry.in_channels, first), work.planes)
-        if geometry.groups > 1:
-            count = geometry.out_channels // plan.channel_blocks
-            self._add_products(work, channels, channels * count, count)
-        else:
-            self._add_products(work, channels, 0, geometry.out_channels)
+        self._add_products(work, channels, tir.const(0, "int32"))
 
     def _pack(self, block: _Block, first: tir.PrimExpr, count: tir.PrimExpr, planes: _Planes) -> None:
         """Fill planes with channels."""
@@ -225,100 +231,123 @@ class _Kernel:
     def _zero(self, buffer: tir.Buffer, start: tir.PrimExpr, count: int) -> None:
         each_vector(self.code, count, lambda code, x: code.store(buffer, code.splat(0.0), start + x))
 
-    def _sum(self, work: _Work, k: tir.PrimExpr) -> tir.PrimExpr:
-        """Where those of a filter begin."""
-        outputs = self.plan.vectors * self.plan.lanes
-        return (k - work.first) * outputs if self.plan.sums_filters > 1 else tir.const(0, "int32")
-
-    def _add_products(self, work: _Work, channels: tir.PrimExpr, first: tir.PrimExpr, count: tir.PrimExpr) -> None:
-        """Those of filters with a block of channels; after the last block a filter is done."""
+    def _add_products(self, work: _Work, channels: tir.PrimExpr, segment: tir.PrimExpr) -> None:
+        """Those of a segment of the filters with a block of channels; after the last block a filter is done."""
         code, plan = self.code, self.plan
-        with code.loop(count, "k") as i:
-            k = code.let(first + i)
-            self._fetch_result(work, channels, code.let(k + _FILTERS_AHEAD))
-            with code.loop(plan.panels, "panel") as panel:
-                self._add_to_panel(work, channels, k, panel)
-            if plan.visits == 1:
-                self._finish(work, k)
-                return
-            with self.ib.if_scope(channels == plan.visits - 1):
-                self._finish(work, k)
+        of_block = channels if self.geometry.groups > 1 else segment
+        first = code.let((channels * plan.segments + segment) * plan.bundles)
+        first_filter = code.let(of_block * plan.segment_filters)
+        with code.loop(plan.bundles, "i") as i:
+            bundle = _Bundle(code.let(first + i), first_filter + i)
+            with self.ib.if_scope(self._filter(bundle, 0) < self.geometry.out_channels):
+                self._fetch_results(work, channels, bundle)
+                with code.loop(plan.panels, "panel") as panel:
+                    self._add_to_panel(work, channels, bundle, panel)
+                if plan.visits == 1:
+                    self._finish_bundle(work, bundle)
+                else:
+                    with self.ib.if_scope(channels == plan.visits - 1):
+                        self._finish_bundle(work, bundle)
 
-    def _fetch_result(self, work: _Work, channels: tir.PrimExpr, k: tir.PrimExpr) -> None:
-        """The outputs of a filter in a block, where they are about to be written."""
+    def _filter(self, bundle: _Bundle, row: tir.PrimExpr | int) -> tir.PrimExpr:
+        """Its number; as many as there are, or more, where there is none."""
+        if self.plan.together == 1:
+            return bundle.alone
+        assert self.buffers.filters is not None
+        return self.buffers.filters[bundle.number * self.plan.together + row]
+
+    def _sum(self, work: _Work, bundle: _Bundle, row: tir.PrimExpr | int) -> tir.PrimExpr:
+        """Where those of a row begin."""
+        plan = self.plan
+        number = self._filter(bundle, row) - work.first if plan.visits > 1 else row
+        return number * (plan.vectors * plan.lanes)
+
+    def _fetch_results(self, work: _Work, channels: tir.PrimExpr, bundle: _Bundle) -> None:
+        """The outputs of filters in a block, where they are about to be written."""
         plan, geometry = self.plan, self.geometry
         far = is_far(geometry.out_channels * geometry.out_height * geometry.out_width)
         if not (self.code.features.fetch and far):
             return
-        about_to_write = k < geometry.out_channels
+        bundles = max(1, _FILTERS_AHEAD // plan.together)
+        ahead = _Bundle(self.code.let(bundle.number + bundles), bundle.alone + bundles)
+        is_there = ahead.number < plan.channel_blocks * plan.segments * plan.bundles
         if plan.visits > 1:
-            about_to_write = tir.And(channels == plan.visits - 1, about_to_write)
-        with self.ib.if_scope(about_to_write), self.code.loop(plan.rows, "row") as row:
-            for x in range(0, plan.cols, LINE):
+            is_there = tir.And(channels == plan.visits - 1, is_there)
+        with self.ib.if_scope(is_there), self.code.loop(plan.together, "r") as r:
+            self._fetch_result(work, self.code.let(self._filter(ahead, r)))
+
+    def _fetch_result(self, work: _Work, k: tir.PrimExpr) -> None:
+        with self.ib.if_scope(k < self.geometry.out_channels), self.code.loop(self.plan.rows, "row") as row:
+            for x in range(0, self.plan.cols, LINE):
                 place = (work.block.image, k, work.block.top + row, work.block.left + x)
                 self.code.fetch(self.buffers.result, *place)
 
-    def _add_to_panel(self, work: _Work, channels: tir.PrimExpr, k: tir.PrimExpr, panel: tir.PrimExpr) -> None:
-        """Sums in registers, non-zeros outside, vectors inside."""
-        code, plan, buffers = self.code, self.plan, self.buffers
-        row = code.let(channels * self.geometry.out_channels + k)
-        first = code.let(buffers.indptr[row])
-        base = code.let(self._operands(work, channels, panel))
-        begin = code.let(self._sum(work, k) + panel * (plan.panel_vectors * plan.lanes))
-        inside = code.array(plan.panel_vectors, "inside")
-        self._begin(work, channels, k, begin, inside)
-        with code.loop(buffers.indptr[row + 1] - first, "e") as e:
-            operand = code.let(base + tir.Cast("int32", buffers.indices[first + e]) * plan.unit)
-            weight = code.keep(code.splat(buffers.values[first + e]))
-            load = self._operands_from(work, operand)
-            for t, one in enumerate(inside):
-                code.set(one, one + weight * load(plan.operand(t)))
-        for t, one in enumerate(inside):
-            code.store(work.sums, one, begin + t * plan.lanes)
+    def _add_to_panel(self, work: _Work, channels: tir.PrimExpr, bundle: _Bundle, panel: tir.PrimExpr) -> None:
+        code, plan = self.code, self.plan
+        within = code.let(panel * (plan.panel_vectors * plan.lanes))
+        places = [code.let(self._sum(work, bundle, r) + within) for r in range(plan.together)]
+        sums = [code.array(plan.panel_vectors, "inside") for _ in places]
+        self._begin(work, channels, bundle, places, sums)
+        self.products.add(sums, bundle.number, self._operands(work, channels, panel))
+        for place, of_row in zip(places, sums, strict=True):
+            for t, one in enumerate(of_row):
+                code.store(work.sums, one, place + t * plan.lanes)
 
     def _begin(
         self,
         work: _Work,
         channels: tir.PrimExpr,
-        k: tir.PrimExpr,
-        begin: tir.PrimExpr,
-        inside: Sequence[tir.BufferLoad],
+        bundle: _Bundle,
+        places: Sequence[tir.PrimExpr],
+        sums: Sequence[Sequence[tir.BufferLoad]],
     ) -> None:
         """With the bias, or where the block of channels before left off."""
         if self.plan.visits == 1:
-            self._begin_with_bias(k, inside)
+            self._begin_with_bias(bundle, sums)
             return
         with self.ib.if_scope(channels == 0):
-            self._begin_with_bias(k, inside)
+            self._begin_with_bias(bundle, sums)
         with self.ib.else_scope():
-            for t, one in enumerate(inside):
-                self.code.set(one, self.code.load(work.sums, begin + t * self.plan.lanes))
+            for place, of_row in zip(places, sums, strict=True):
+                for t, one in enumerate(of_row):
+                    self.code.set(one, self.code.load(work.sums, place + t * self.plan.lanes))
 
-    def _begin_with_bias(self, k: tir.PrimExpr, inside: Sequence[tir.BufferLoad]) -> None:
-        for one in inside:
-            self.code.set(one, self.code.splat(self.buffers.bias[k]))
+    def _begin_with_bias(self, bundle: _Bundle, sums: Sequence[Sequence[tir.BufferLoad]]) -> None:
+        for r, of_row in enumerate(sums):
+            bias = self.code.keep(self.code.splat(self.buffers.bias[self._filter(bundle, r)]))
+            for one in of_row:
+                self.code.set(one, bias)
 
-    def _operands(self, work: _Work, channels: tir.PrimExpr, panel: tir.PrimExpr) -> tir.PrimExpr:
-        """Where those of a panel begin, of a block of channels."""
+    def _operands(self, work: _Work, channels: tir.PrimExpr, panel: tir.PrimExpr) -> Operands:
+        """Those of a panel, of a block of channels."""
         plan, geometry = self.plan, self.geometry
+        vectors = [plan.operand(t) for t in range(plan.panel_vectors)]
         if work.planes is None:
+            # The input, counted through.
             first = work.block.image * geometry.in_channels + channels * plan.channels
-            return first * geometry.in_width + work.block.left
-        first = work.planes.first + panel * (plan.rows // plan.panels * plan.plane_cols)
-        return channels * (plan.channels * plan.channel_size) + first if plan.in_parts else first
+            begin = self._far(first) * geometry.in_width + self._far(work.block.left)
+            return Operands(self.buffers.data, self.code.let(begin), vectors, plan.unit, (_ZERO, _ZERO, _ZERO))
+        begin = work.planes.first + panel * (plan.rows // plan.panels * plan.plane_cols)
+        if plan.in_parts:
+            begin = channels * (plan.channels * plan.channel_size) + begin
+        return Operands(work.planes.buffer, self.code.let(self._far(begin)), vectors)
 
-    def _operands_from(self, work: _Work, operand: tir.PrimExpr) -> Behind:
-        if work.planes is not None:
-            return self.code.behind(work.planes.buffer, operand)
-        # The input, counted through.
-        return self.code.behind(self.buffers.data, 0, 0, 0, operand)
+    @staticmethod
+    def _far(index: tir.PrimExpr) -> tir.PrimExpr:
+        """In 64 bits, so that what is added to it becomes part of an address."""
+        return tir.Cast("int64", index)
 
-    def _finish(self, work: _Work, k: tir.PrimExpr) -> None:
+    def _finish_bundle(self, work: _Work, bundle: _Bundle) -> None:
+        with self.code.loop(self.plan.together, "r") as r:
+            k = self.code.let(self._filter(bundle, r))
+            self._finish(work, k, self.code.let(self._sum(work, bundle, r)))
+
+    def _finish(self, work: _Work, k: tir.PrimExpr, sums: tir.PrimExpr) -> None:
         """Residual, activation, and the outputs of a block into their image."""
         plan, geometry = self.plan, self.geometry
         widths = [_outputs_across(plan, across) for across in range(plan.blocks[1])]
         with self.code.loop(part_of(plan.rows, geometry.out_height, work.block.top), "row") as row:
-            place = (work.block.top + row, self._sum(work, k) + row * plan.cols)
+            place = (work.block.top + row, sums + row * plan.cols)
             each_run(self.ib, work.block.across, widths, partial(self._finish_row, work, k, *place))
 
     def _finish_row(self, work: _Work, k: tir.PrimExpr, y: tir.PrimExpr, start: tir.PrimExpr, width: int) -> None:

@@ -16,6 +16,7 @@ from itertools import chain
 from tvm import tir
 
 from .convolution_buffers import ConvolutionBuffers
+from .products import Operands, Products
 from .vector_code import LINE, VectorCode
 from .winograd import transform
 from .winograd_plan import WinogradPlan
@@ -54,11 +55,7 @@ _MOST_LINES = 64
 """Fetched ahead by the code of one bundle."""
 
 _UNROLLED = 4
-"""Non-zeros of each row that a pass of the loop takes at most: with four rows, a line of weights. Each pass fetches
-one."""
-
-_MULTIPLY_ADDS = 32
-"""Of a pass at most: with twice as many, LLVM 22 has sums on the stack."""
+"""Non-zeros of each row that a pass of the loop takes at most: with four rows, a line of weights."""
 
 _VALUES_AHEAD = 256
 """Non-zeros from the one that is used to the one that is fetched: in a network weights come from beyond L2."""
@@ -75,6 +72,7 @@ class WinogradSteps:
         self.code, self.plan, self.buffers = code, plan, buffers
         self.matrices = transform(plan.layout.m, plan.geometry.kernel[0])
         self.reach = (plan.geometry.kernel[0] - 1) // 2
+        self.products = Products(code, buffers, plan.blocking.together, _UNROLLED, _VALUES_AHEAD)
 
     def clear_fill(self, inputs: tir.Buffer) -> None:
         """The channel of zeros behind the others."""
@@ -122,83 +120,23 @@ class WinogradSteps:
         code, plan, together = self.code, self.plan, self.plan.blocking.together
         buffers = self.buffers
         assert buffers.filters is not None
-        base = code.let(xi * plan.input_stride)
+        # In 64 bits, so that what is added to it becomes part of an address.
+        first = code.let(tir.Cast("int64", xi * plan.input_stride))
+        operands = Operands(inputs, first, [t * code.lanes for t in range(vectors)], plan.index_unit)
         target = code.let(xi * plan.product_stride)
         with code.loop(plan.bundles, "bundle") as within:
             bundle = code.let(xi * plan.bundles + within)
-            first_nonzero = code.let(buffers.indptr[bundle])
-            count = code.let(buffers.indptr[bundle + 1] - first_nonzero)
             sums = [code.array(vectors, "sums") for _ in range(together)]
             for one in chain(*sums):
                 code.set(one, code.splat(0.0))
             self._fetch_next(inputs, following * plan.input_stride, within)
             meanwhile(within)
-            # In 64 bits, so that what is added to them becomes part of an address.
-            first_entry, first_input = (code.let(tir.Cast("int64", at)) for at in (first_nonzero * together, base))
-            add = partial(self._add_products, sums, inputs, first_input)
-            step = max(1, min(_UNROLLED, _MULTIPLY_ADDS // (together * vectors)))
-            passes = code.let(count // step)
-            with code.loop(passes, "pass") as number:
-                add(code.let(first_entry + tir.Cast("int64", number) * (step * together)), step)
-            rest = code.let(passes * step)
-            with code.loop(count - rest, "e") as e:
-                add(code.let(first_entry + tir.Cast("int64", rest + e) * together), 1)
+            self.products.add(sums, bundle, operands)
             for r in range(together):
                 filter_ = buffers.filters[bundle * together + r]
                 row = code.let(target + filter_ * plan.tiles)
                 for t, one in enumerate(sums[r]):
                     code.store(products, one, row + t * code.lanes)
-
-    def _distances(self, entry: tir.PrimExpr) -> list[tir.PrimExpr]:
-        """How far the inputs of an entry's non-zeros are from the first, one for each row.
-
-        Loads are what the loop is bound by, so two or four indices of 16 bits come in one. It also keeps LLVM from
-        computing with them in a vector: they would be taken out of it by the ports that multiply. Source code, which
-        has one lane, knows no such loads.
-        """
-        indices, together = self.buffers.indices, self.plan.blocking.together
-        one_load = f"uint{16 * together}"
-        if indices.dtype == "uint16" and one_load in ("uint32", "uint64") and self.code.lanes > 1:
-            bits = self.code.let(
-                tir.reinterpret(one_load, indices.vload([tir.Ramp(entry, tir.const(1, "int64"), together)]))
-            )
-            each = [(bits >> tir.const(16 * r, one_load)) & tir.const(0xFFFF, one_load) for r in range(together)]
-        else:
-            each = [indices[entry + r] for r in range(together)]
-        return [tir.Cast("int64", index) * self.plan.index_unit for index in each]
-
-    def _add_products(
-        self,
-        sums: Sequence[Sequence[tir.BufferLoad]],
-        inputs: tir.Buffer,
-        first_input: tir.PrimExpr,
-        entry: tir.PrimExpr,
-        count: int,
-    ) -> None:
-        """Of so many non-zeros of each row, from an entry on.
-
-        Args:
-            first_input: where those of the position begin.
-        """
-        code, values, together = self.code, self.buffers.values, self.plan.blocking.together
-        weights = code.splats_behind(values, entry)
-        code.fetch(values, entry + _VALUES_AHEAD)
-        for number in range(count):
-            for r, distance in enumerate(self._distances(entry + number * together)):
-                operand = code.let(first_input + distance)
-                self._multiply_add(sums[r], weights(number * together + r), inputs, operand)
-
-    def _multiply_add(
-        self, sums: Sequence[tir.BufferLoad], weight: tir.PrimExpr, inputs: tir.Buffer, operand: tir.PrimExpr
-    ) -> None:
-        """To each vector of tiles. A weight that meets several is broadcast once."""
-        code = self.code
-        if len(sums) == 1:
-            code.set(sums[0], sums[0] + weight * code.hold(code.load(inputs, operand)))
-            return
-        weight, load = code.keep(weight), code.behind(inputs, operand)
-        for t, one in enumerate(sums):
-            code.set(one, one + weight * load(t * code.lanes))
 
     def _fetch_next(self, inputs: tir.Buffer, base: tir.PrimExpr, bundle: tir.PrimExpr) -> None:
         """Of the transformed input of the next position, the part of one bundle: before it is needed."""

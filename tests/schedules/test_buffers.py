@@ -19,7 +19,7 @@ from jointsparse.schedules.constructors import why_not_direct, why_not_winograd
 from jointsparse.schedules.convolution_buffers import Arguments
 from jointsparse.schedules.direct_plan import direct_plan
 from jointsparse.schedules.epilogues import Activation
-from jointsparse.schedules.formats import pack_winograd
+from jointsparse.schedules.formats import pack_direct, pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.sparse_direct import sparse_direct
 from jointsparse.schedules.sparse_winograd import sparse_winograd
@@ -71,12 +71,16 @@ def allocated(inputs: Arguments[te.Tensor], result: te.Tensor) -> dict[str, int]
 def test_direct_buffers_are_those_of_the_code(geometry: ConvGeometry, target: str) -> None:
     plan = direct_plan(geometry, cpu_facts(target))
     shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
-    inputs = arguments(shape, geometry.out_channels * plan.channel_blocks, geometry.out_channels)
+    bundles = plan.channel_blocks * plan.segments * plan.bundles
+    inputs = arguments(shape, bundles, geometry.out_channels, bundles * plan.together)
     result = sparse_direct(
         inputs, plan=plan, shape=geometry.out_shape, activation=Activation(), features=code_features(target)
     )
     sizes = allocated(inputs, result)
-    assert direct_buffers(plan) == {"packed input": sizes.get("planes", 0), "sums": sizes["sums"]}
+    buffers = direct_buffers(plan)
+    assert (buffers["packed input"], buffers["sums"]) == (sizes.get("planes", 0), sizes["sums"])
+    full = pack_direct(np.ones(geometry.weight_shape), plan).indptr[-1] * plan.together
+    assert full <= buffers["weights in bundles"] <= 1.5 * full
     # Registers apart, which are small arrays.
     assert max(sizes.values()) == max(sizes.get("planes", 0), sizes["sums"]) or 4 * max(sizes.values()) < STACK_BYTES
 

@@ -59,9 +59,9 @@ def run_plan(
     target: str,
 ) -> NDArray[np.float32]:
     rows = pack_direct(weight, plan)
-    arrays = [data, rows.values, rows.indices, rows.indptr, bias, residual]
+    arrays = [data, rows.values, rows.indices, rows.indptr, rows.filters, bias, residual]
     inputs = [te.placeholder(a.shape, str(a.dtype), name=f"a{i}") for i, a in enumerate(arrays)]
-    names = ("data", "values", "indices", "indptr", "bias", "residual")
+    names = ("data", "values", "indices", "indptr", "filters", "bias", "residual")
     arguments = Arguments(**dict(zip(names, inputs, strict=True)))
     result = sparse_direct(
         arguments,
@@ -107,7 +107,7 @@ def test_plans_of_every_form(target: str, lanes: int) -> None:
         geometry = direct_case(rng, large=i % 10 == 0).geometry
         if i % 4 == 0:
             geometry = replace(geometry, kernel=(1, 1), strides=(1, 1), padding=(0, 0, 0, 0), in_height=1 + i % 11)
-        plan = random_plan(rng, geometry, lanes)
+        plan = replace(random_plan(rng, geometry, lanes), together=(1, 2, 3, 4)[i % 4])
         compared += check_plan(rng, geometry, plan, (0.0, 0.5, 0.8, 0.95, 1.0)[i % 5], target)
         kinds["not packed"] += not plan.packed
         kinds["panels"] += plan.panels > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tvm.contrib import graph_executor
 
 from jointsparse.schedules import vector_code
 from jointsparse.schedules.direct_plan import direct_plan
+from jointsparse.schedules.formats import pack_direct
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.sparse_direct import _FILTERS_AHEAD
 from jointsparse.schedules.targets import cpu_facts
@@ -96,14 +98,18 @@ def test_winograd_fetches_all_tiles_once(
 def test_direct_fetches_what_it_will_write(
     batch: int, filters: int, height: int, width: int, size: int, groups: int, target: str, fetched: Fetched
 ) -> None:
-    """But for the first filters of a block, which come too soon."""
+    """But for the filters of the first bundles of a block, which come too soon."""
     geometry = geometry_of(batch, filters, height, width, size, groups)
     plan = direct_plan(geometry, cpu_facts(target))
     places = fetched(geometry, 0, target)
-    assert {k for _, k, _, _ in places} == set(range(_FILTERS_AHEAD, filters))
+    ahead = max(1, _FILTERS_AHEAD // plan.together) * plan.together
+    last_visits = plan.segments * (plan.channel_blocks if groups > 1 else 1)
+    numbers = pack_direct(weights(geometry, 0), plan).filters
+    numbers = numbers[-last_visits * plan.bundles * plan.together :]
+    assert {k for _, k, _, _ in places} == set(numbers[ahead:]) - {filters}
     _, _, height, width = plan.geometry.out_shape
-    for image, k, y in np.ndindex(batch, filters - _FILTERS_AHEAD, height):
-        row = sorted(place[3] for place in places if place[:3] == (image, k + _FILTERS_AHEAD, y))
+    for image, k, y in product(range(batch), set(numbers[ahead:]) - {filters}, range(height)):
+        row = sorted(place[3] for place in places if place[:3] == (image, k, y))
         assert row[0] == 0
         assert max(np.diff(row), default=0) <= LINE
         assert row[-1] + LINE >= width

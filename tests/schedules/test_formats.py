@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from jointsparse.schedules.blocking import WinogradBlocking, winograd_blocking
 from jointsparse.schedules.direct_plan import DirectPlan, candidates, direct_plan, in_one_row
-from jointsparse.schedules.formats import SparseRows, idle_positions, pack_direct, pack_winograd
+from jointsparse.schedules.formats import BundledRows, idle_positions, pack_direct, pack_winograd
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.winograd_plan import WinogradPlan, winograd_plan
 from tests import reference
@@ -90,23 +90,40 @@ def convolve(data: NDArray, weight: NDArray, plan: DirectPlan) -> NDArray:
     return out[:, : geometry.out_height, : geometry.out_width]
 
 
-def sums_of(flat: NDArray, rows: SparseRows, plan: DirectPlan, k: int) -> NDArray:
+def places_of(rows: BundledRows, plan: DirectPlan, block: int, k: int) -> list[tuple[int, int]]:
+    """(bundle, row of it) wherever a filter is in those of a block of channels."""
+    of_block = plan.segments * plan.bundles
+    numbers = rows.filters.reshape(-1, plan.together)[block * of_block : (block + 1) * of_block]
+    return [(block * of_block + int(bundle), int(row)) for bundle, row in zip(*np.nonzero(numbers == k), strict=True)]
+
+
+def entries_of(rows: BundledRows, together: int, bundle: int, row: int) -> slice:
+    """Of a row's values and indices."""
+    return slice(rows.indptr[bundle] * together + row, rows.indptr[bundle + 1] * together + row, together)
+
+
+def sums_of(flat: NDArray, rows: BundledRows, plan: DirectPlan, k: int) -> NDArray:
     """Of a filter in a block, whose operands these are."""
     sums = np.zeros((plan.panels, plan.panel_vectors, plan.lanes))
     for block in range(plan.channel_blocks):
-        row = block * plan.geometry.out_channels + k
+        places = places_of(rows, plan, block, k)
+        if plan.geometry.groups == 1:
+            assert places
         first = block * plan.channels * (plan.channel_size if plan.packed else plan.unit)
-        for e, panel in product(range(rows.indptr[row], rows.indptr[row + 1]), range(plan.panels)):
-            start = first + int(rows.indices[e]) * plan.unit + panel * plan.rows // plan.panels * plan.plane_cols
-            for vector in range(plan.panel_vectors):
-                at = start + plan.operand(vector)
-                assert at + plan.lanes <= len(flat)
-                sums[panel, vector] += rows.values[e] * flat[at : at + plan.lanes]
+        for place in places[:1]:
+            entries = entries_of(rows, plan.together, *place)
+            for e, panel in product(range(len(rows.values))[entries], range(plan.panels)):
+                start = first + int(rows.indices[e]) * plan.unit + panel * plan.rows // plan.panels * plan.plane_cols
+                for vector in range(plan.panel_vectors):
+                    at = start + plan.operand(vector)
+                    assert at + plan.lanes <= len(flat)
+                    sums[panel, vector] += rows.values[e] * flat[at : at + plan.lanes]
     return sums
 
 
 def check_plan(plan: DirectPlan, seed: int) -> None:
     geometry, rng = plan.geometry, np.random.default_rng(seed)
+    plan = replace(plan, together=int(rng.integers(1, 5)))
     weight = rng.standard_normal(geometry.weight_shape) * (rng.random(geometry.weight_shape) < 0.6)
     data = rng.standard_normal((1, geometry.in_channels, geometry.in_height, geometry.in_width))
     want = reference.conv2d(data, weight, geometry)
@@ -365,28 +382,45 @@ def test_offsets_into_planes_are_stored_in_the_fewest_bytes(channels: int, dtype
     assert pack_direct(np.zeros_like(weight), plan).indices.dtype == dtype
 
 
+@pytest.mark.parametrize("together", [1, 2, 3, 4])
 @pytest.mark.parametrize(("groups", "channels"), [(1, 5), (1, 12), (3, 4), (3, 12)])
-def test_rows_are_blocks_of_channels_and_filters(groups: int, channels: int) -> None:
-    geometry = ConvGeometry(1, 12, 9, 9, 6, (3, 2), strides=(2, 1), groups=groups)
-    plan = DirectPlan(geometry, 4, 4, 8, channels)
+def test_rows_are_blocks_of_channels_and_filters(groups: int, channels: int, together: int) -> None:
+    geometry = ConvGeometry(1, 12, 9, 9, 9, (3, 2), strides=(2, 1), groups=groups)
+    plan = DirectPlan(geometry, 4, 4, 8, channels, together=together)
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(geometry.weight_shape) * (rng.random(geometry.weight_shape) < 0.3)
     weight[1] = 0
     rows = pack_direct(weight, plan)
-    assert len(rows.indptr) == plan.channel_blocks * 6 + 1
-    of_group = 12 // groups
-    for block, k in np.ndindex(plan.channel_blocks, 6):
-        row = block * 6 + k
-        entries = slice(rows.indptr[row], rows.indptr[row + 1])
+    assert len(rows.indptr) == plan.channel_blocks * plan.segments * plan.bundles + 1
+    of_group, found, least = 12 // groups, 0, geometry.out_channels
+    for block, k in np.ndindex(plan.channel_blocks, 9):
         want = {}
         for c, r, s in zip(*np.nonzero(weight[k]), strict=True):
-            within = k // (6 // groups) * of_group + c - block * channels
+            within = k // (9 // groups) * of_group + c - block * channels
             if 0 <= within < channels:
                 want[within * plan.channel_size + plan.tap(r, s)] = np.float32(weight[k, c, r, s])
-        assert dict(zip(rows.indices[entries], rows.values[entries], strict=True)) == want
-        assert (entries.start == entries.stop) == (not want)
-    assert np.count_nonzero(rows.values) == np.count_nonzero(weight)
-    assert not rows.values[rows.indptr[-1] :].any()
+        places = places_of(rows, plan, block, k)
+        assert places or not want
+        for place in places:
+            entries = entries_of(rows, together, *place)
+            values, indices = rows.values[entries], rows.indices[entries]
+            assert dict(zip(indices[: len(want)], values[: len(want)], strict=True)) == want
+            # Filled up with zeros times what the row reads anyway.
+            assert not values[len(want) :].any()
+            assert set(indices[len(want) :]) <= set(indices[: len(want)])
+            found, least = found + 1, min(least, k)
+    assert least == 0
+    assert found == np.count_nonzero(rows.filters < 9)
+    assert not rows.values[rows.indptr[-1] * together :].any()
+
+
+@pytest.mark.parametrize("sparsity", [0.7, 0.9])
+def test_few_zeros_fill_bundles_of_direct_rows(sparsity: float) -> None:
+    geometry = ConvGeometry(1, 96, 14, 14, 64, (3, 3), padding=(1, 1, 1, 1))
+    weight = np.random.default_rng(0).standard_normal(geometry.weight_shape)
+    weight[np.random.default_rng(1).random(weight.shape) < sparsity] = 0
+    rows = pack_direct(weight, DirectPlan(geometry, 8, 14, 16, 24, 7, together=4))
+    assert np.count_nonzero(weight) <= 4 * rows.indptr[-1] <= 1.1 * np.count_nonzero(weight)
 
 
 SHAPES = st.builds(
