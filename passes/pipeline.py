@@ -13,6 +13,7 @@ from ..schedules.winograd import TILES
 from .absorb_conversions import AbsorbConversions
 from .absorb_epilogues import AbsorbEpilogues
 from .absorb_gathers import AbsorbGathers
+from .absorb_pooling import AbsorbPooling
 from .alternatives import Planner
 from .bind_parameters import BindParameters
 from .choose_kernels import DOMAINS, ChooseKernels
@@ -110,7 +111,7 @@ def sparsify(
         KeepTiles(),
         AbsorbConversions(),
         # Phase 5. What lies between them.
-        *([] if domain == "dense" else [RewritePooling(device)]),
+        *([] if domain == "dense" else [RewritePooling(device), AbsorbPooling()]),
     ]
     with _every_pass():
         result = tvm.transform.Sequential(passes, name="Sparsify")(mod)

@@ -13,7 +13,8 @@ from .row_code import each_run
 from .row_windows import RowWindows
 from .vector_code import VectorCode
 
-_LOWEST = float(tir.min_value("float32").value)
+LOWEST = float(tir.min_value("float32").value)
+"""Of float32."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def max_pool2d(data: te.Tensor, geometry: PoolGeometry, lanes: int) -> te.Tensor
     """
     batch, channels, height, width = (int(s) for s in data.shape)
     (_, cols), (down, right), (above, left) = geometry.pool, geometry.strides, geometry.padding
-    inside = [_inside(geometry, y, height) for y in range(geometry.out[0])]
-    windows = RowWindows(width, -left, right, cols, geometry.out[1], fill=_LOWEST, lanes=lanes)
+    inside = [rows_inside(geometry, y, height) for y in range(geometry.out[0])]
+    windows = RowWindows(width, -left, right, cols, geometry.out[1], fill=LOWEST, lanes=lanes)
 
     def emit(ins: Sequence[tir.Buffer], outs: Sequence[tir.Buffer]) -> tir.Stmt:
         (image,), (result,) = ins, outs
@@ -69,7 +70,7 @@ def max_pool2d(data: te.Tensor, geometry: PoolGeometry, lanes: int) -> te.Tensor
     return te.extern([(batch, channels, *geometry.out)], [data], emit, name="max_pool2d", dtype="float32")
 
 
-def _inside(geometry: PoolGeometry, y: int, height: int) -> tuple[int, ...]:
+def rows_inside(geometry: PoolGeometry, y: int, height: int) -> tuple[int, ...]:
     """Rows of a window of row `y` of the result that are in the image."""
     top = y * geometry.strides[0] - geometry.padding[0]
     return tuple(tap for tap in range(geometry.pool[0]) if 0 <= top + tap < height)

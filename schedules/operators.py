@@ -15,7 +15,7 @@ import tvm
 from tvm import te
 
 from . import cpu_dense, llvm_workaround
-from .attributes import direct_plan_of, winograd_plan_of
+from .attributes import direct_plan_of, direct_result, pooling_of, winograd_plan_of
 from .buffers import dense_buffers, why_too_large
 from .convolution_buffers import Arguments
 from .epilogues import Activation
@@ -44,9 +44,10 @@ def _compute_direct(attrs: tvm.ir.Attrs, inputs: Mapping[str, te.Tensor], target
     return sparse_direct(
         Arguments(**inputs),
         plan=direct_plan_of(attrs),
-        shape=unpack(ConvGeometry, attrs).out_shape,
+        shape=direct_result(attrs),
         activation=unpack(Activation, attrs),
         features=code_features(target),
+        pool=pooling_of(attrs),
     )
 
 
@@ -113,10 +114,10 @@ for _name, _arguments, _others in (
 ):
     register(
         _name,
-        "Sparse direct convolution of images NCHW, bias, residual and activation.",
+        "Sparse direct convolution of images NCHW, bias, residual, max pooling and activation.",
         _arguments,
         _nchw,
-        lambda attrs, data: unpack(ConvGeometry, attrs).out_shape,
+        lambda attrs, data: direct_result(attrs),
         _compute_direct,
         _as_it_is,
         other_shapes=_others,

@@ -21,10 +21,12 @@ from tvm import te, tir
 from .convolution_buffers import Arguments, ConvolutionBuffers, convolution
 from .direct_plan import DirectPlan
 from .epilogues import Activation
+from .max_pool import PoolGeometry
+from .pooled_direct import PooledPlan, PooledResults
 from .products import Operands, Products
 from .row_code import copy_every, each_run, each_vector
 from .targets import CodeFeatures
-from .vector_code import LINE, VectorCode, is_far, part_of
+from .vector_code import LINE, VectorCode, is_far, part_of, share_of
 
 
 def sparse_direct(
@@ -34,19 +36,23 @@ def sparse_direct(
     shape: tuple[int, int, int, int],
     activation: Activation,
     features: CodeFeatures,
+    pool: PoolGeometry | None = None,
 ) -> te.Tensor:
-    """Convolve, add, activate.
+    """Convolve, add, pool, activate.
 
     Args:
         arguments: data (N, C, H, W), float32, of the plan's geometry; BundledRows of formats.pack_direct for the plan;
             bias (K,); residual of the shape of the result.
         shape: of the result; not the plan's, if that has the image in one row.
         features: of the target.
+        pool: only where why_not_pooled has nothing against it, and without a residual.
 
     Returns:
         (N, K, output height, output width).
     """
-    return convolution("direct", shape, arguments, lambda buffers: _Kernel(buffers, plan, activation, features).emit())
+    return convolution(
+        "direct", shape, arguments, lambda buffers: _Kernel(buffers, plan, activation, features, pool).emit()
+    )
 
 
 _FILTERS_AHEAD = 4
@@ -76,12 +82,13 @@ class _Planes:
 @dataclass(frozen=True)
 class _Work:
     """What a thread computes of a block: sums of filters from `first` on. planes: None where the input is read as it
-    is."""
+    is. number: of the block, where it is pooled."""
 
     block: _Block
     planes: _Planes | None
     sums: tir.Buffer
     first: tir.PrimExpr | int = 0
+    number: tir.PrimExpr | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,12 @@ class _Kernel:
     """Emits one convolution."""
 
     def __init__(
-        self, buffers: ConvolutionBuffers, plan: DirectPlan, activation: Activation, features: CodeFeatures
+        self,
+        buffers: ConvolutionBuffers,
+        plan: DirectPlan,
+        activation: Activation,
+        features: CodeFeatures,
+        pool: PoolGeometry | None,
     ) -> None:
         self.buffers = buffers
         self.plan = plan
@@ -105,9 +117,12 @@ class _Kernel:
         self.ib = tvm.tir.ir_builder.create()
         self.code = VectorCode(self.ib, plan.lanes, features=features)
         self.products = Products(self.code, buffers, plan.together)
+        self.pooled = pool and PooledPlan(plan, pool)
 
     def emit(self) -> tir.Stmt:
-        if self.plan.in_parts:
+        if self.pooled is not None:
+            self._chunks_in_parallel(self.pooled)
+        elif self.plan.in_parts:
             self._parts_in_parallel()
         elif self.plan.blocks_in_parallel:
             self._blocks_in_parallel()
@@ -122,6 +137,21 @@ class _Kernel:
             work = _Work(self._at(number), self._planes(plan.planes_size), self._sums())
             with self.code.loop(plan.channel_blocks, "c") as channels:
                 self._channel_block(work, channels)
+
+    def _chunks_in_parallel(self, pooled: PooledPlan) -> None:
+        """Blocks of a chunk one after the other, from that before its first on, if its windows reach there."""
+        code, plan = self.code, self.plan
+        with code.loop(plan.geometry.batch * pooled.chunks, "chunk", "parallel") as i:
+            image, chunk = self._split(i, pooled.chunks)
+            first, end = (code.let(share_of(chunk + n, pooled.blocks, pooled.chunks)) for n in (0, 1))
+            planes, sums = self._planes(plan.planes_size), self._sums()
+            with code.loop(end - first + pooled.ahead, "block") as within:
+                number = code.let(first - pooled.ahead + within)
+                block = _Block(image, code.let(number * plan.rows + pooled.top), _ZERO, _ZERO)
+                # The chunk above has pooled what is computed ahead.
+                work = _Work(block, planes, sums, number=tir.Select(within < pooled.ahead, -1, number))
+                with code.loop(plan.channel_blocks, "c") as channels:
+                    self._channel_block(work, channels)
 
     def _groups_in_parallel(self) -> None:
         """A block of channels is of whole groups, which no other filters read."""
@@ -167,8 +197,13 @@ class _Kernel:
         return _Planes(self._allocate("planes", elements)) if self.plan.packed else None
 
     def _sums(self) -> tir.Buffer:
-        plan = self.plan
-        return self._allocate("sums", plan.sums_filters * plan.vectors * plan.lanes)
+        filters = self.plan.sums_filters if self.pooled is None else self.geometry.out_channels
+        return self._allocate("sums", filters * self._sums_rows * self.plan.cols)
+
+    @property
+    def _sums_rows(self) -> int:
+        """Of a filter: those of a block, behind those kept of the block above."""
+        return self.plan.rows + (self.pooled.kept if self.pooled is not None else 0)
 
     def _allocate(self, name: str, elements: int) -> tir.Buffer:
         return self.ib.allocate("float32", elements, name=name, scope="global")._buffer
@@ -259,14 +294,15 @@ class _Kernel:
     def _sum(self, work: _Work, bundle: _Bundle, row: tir.PrimExpr | int) -> tir.PrimExpr:
         """Where those of a row begin."""
         plan = self.plan
-        number = self._filter(bundle, row) - work.first if plan.visits > 1 else row
-        return number * (plan.vectors * plan.lanes)
+        remains = plan.visits > 1 or self.pooled is not None
+        number = self._filter(bundle, row) - work.first if remains else row
+        return number * (self._sums_rows * plan.cols) + (self._sums_rows - plan.rows) * plan.cols
 
     def _fetch_results(self, work: _Work, channels: tir.PrimExpr, bundle: _Bundle) -> None:
         """The outputs of filters in a block, where they are about to be written."""
         plan, geometry = self.plan, self.geometry
         far = is_far(geometry.out_channels * geometry.out_height * geometry.out_width)
-        if not (self.code.features.fetch and far):
+        if not (self.code.features.fetch and far) or self.pooled is not None:
             return
         bundles = max(1, _FILTERS_AHEAD // plan.together)
         ahead = _Bundle(self.code.let(bundle.number + bundles), bundle.alone + bundles)
@@ -343,8 +379,12 @@ class _Kernel:
             self._finish(work, k, self.code.let(self._sum(work, bundle, r)))
 
     def _finish(self, work: _Work, k: tir.PrimExpr, sums: tir.PrimExpr) -> None:
-        """Residual, activation, and the outputs of a block into their image."""
+        """Residual, activation, and the outputs of a block into their image; or the pooled ones."""
         plan, geometry = self.plan, self.geometry
+        if self.pooled is not None:
+            results = PooledResults(self.code, self.pooled, self.activation, self.buffers.result)
+            results.finish(work.block.image, work.number, k, work.sums, sums)
+            return
         widths = [_outputs_across(plan, across) for across in range(plan.blocks[1])]
         with self.code.loop(part_of(plan.rows, geometry.out_height, work.block.top), "row") as row:
             place = (work.block.top + row, sums + row * plan.cols)

@@ -23,7 +23,7 @@ from .tile_chunks import Chunks
 from .tile_images import ImageEnds, Images, why_not_images
 from .tile_planes import Planes
 from .tiles import CHUNKS
-from .vector_code import VectorCode, is_far
+from .vector_code import VectorCode, is_far, share_of
 from .winograd_plan import WinogradPlan
 from .winograd_steps import Own, Reader, Store, WinogradSteps, Writer
 
@@ -149,7 +149,7 @@ class _Kernel:
         if blocking.even:
             emit(_Block(image, code.let(within * blocking.vectors), blocking.vectors))
             return
-        first, end = (code.let(_share(within + i, blocking.image, blocking.blocks)) for i in (0, 1))
+        first, end = (code.let(share_of(within + i, blocking.image, blocking.blocks)) for i in (0, 1))
         with self.ib.if_scope(end - first == blocking.vectors):
             emit(_Block(image, first, blocking.vectors))
         with self.ib.else_scope():
@@ -185,7 +185,7 @@ class _Kernel:
     def _part_of(self, count: int, work: _Work, name: str) -> Iterator[tir.PrimExpr]:
         """A loop over a part of so many."""
         code = self.code
-        first, end = (code.let(_share(work.part + i, count, self.plan.parts)) for i in (0, 1))
+        first, end = (code.let(share_of(work.part + i, count, self.plan.parts)) for i in (0, 1))
         with code.loop(end - first, name) as within:
             yield code.let(first + within)
 
@@ -248,8 +248,3 @@ class _Kernel:
             return finish
 
         return at_vector
-
-
-def _share(number: tir.PrimExpr, of: int, parts: int) -> tir.PrimExpr:
-    """Where the part of this number begins, of parts as equal as can be. The product may need 64 bits."""
-    return tir.Cast("int32", tir.Cast("int64", number) * of // parts)

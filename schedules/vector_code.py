@@ -35,6 +35,11 @@ def part_of(size: int, of: int, first: tir.PrimExpr) -> tir.PrimExpr:
     return tir.const(size, "int32") if of % size == 0 else tir.min(size, of - first)
 
 
+def share_of(number: tir.PrimExpr, of: int, parts: int) -> tir.PrimExpr:
+    """Where the part of this number begins, of parts as equal as can be. The product may need 64 bits."""
+    return tir.Cast("int32", tir.Cast("int64", number) * of // parts)
+
+
 class VectorCode:
     """Emits loads, stores and arithmetic on float32 vectors of one length.
 
