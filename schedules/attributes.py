@@ -18,7 +18,7 @@ from .registration import plain, unpack
 from .tile_images import ImageEnds
 from .winograd_plan import WinogradPlan
 
-_DIRECT_PLAN = ("lanes", "rows", "cols", "channels", "panels", "shifted", "packed", "together")
+_DIRECT_PLAN = ("lanes", "rows", "cols", "channels", "panels", "shifted", "packed", "together", "lifted")
 """Fields of a DirectPlan among the attributes."""
 
 _POOLING = "pooling"

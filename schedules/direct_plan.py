@@ -49,13 +49,15 @@ class DirectPlan:
 
     Attributes:
         geometry: of the convolution; of one with 1x1 filters that reads every pixel, with all pixels in one row.
-        lanes: of a vector; may be fewer than the CPU has.
+        lanes: of a vector.
         rows, cols: outputs of a block, down and across.
         channels: input channels of a block of channels.
         panels: parts of a block, of whole rows, whose sums are in registers at a time.
         shifted: whether every column of the filter has planes of its own, whose rows are as long as a block. Where
             these are whole vectors, all are aligned.
         packed: whether there are planes at all.
+        lifted: whether, where a vector holds several rows of outputs, rows of the filter that would begin inside of one
+            have planes of their own: with those all vectors are aligned.
         together: rows of weights computed side by side: loops, at whose end a core stumbles, are longer and fewer.
     """
 
@@ -68,6 +70,7 @@ class DirectPlan:
     shifted: bool = True
     packed: bool = True
     together: int = 1
+    lifted: bool = False
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -154,8 +157,13 @@ class DirectPlan:
 
     @cached_property
     def phases(self) -> tuple[int, ...]:
-        """Rows of the filter modulo the stride."""
-        return tuple(sorted({row % self.geometry.strides[0] for row in self._filter_rows}))
+        """By planes down: the row, in pixels, that the first output of a block reads first."""
+        return tuple(sorted({row % self._rows_apart for row in self._filter_rows}))
+
+    @property
+    def _rows_apart(self) -> int:
+        """Pixels from a row of the filter to the next with the same planes."""
+        return self.geometry.strides[0] * (max(1, self.lanes // self.cols) if self.lifted else 1)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -165,7 +173,7 @@ class DirectPlan:
 
     @property
     def plane_rows(self) -> int:
-        return self.rows + max(self._filter_rows) // self.geometry.strides[0]
+        return self.rows + max(row - row % self._rows_apart for row in self._filter_rows) // self.geometry.strides[0]
 
     @cached_property
     def plane_cols(self) -> int:
@@ -220,9 +228,9 @@ class DirectPlan:
         """Offset, in its channel, of what a tap of the filter reads for the first output of a block."""
         down, right = row * self.geometry.dilation[0], col * self.geometry.dilation[1]
         stride, across = self.geometry.strides
-        start = right if self.shifted else right % across
-        plane = self.plane(self.starts.index(start), self.phases.index(down % stride))
-        return plane + down // stride * self.plane_cols + (right - start) // across
+        start, phase = right if self.shifted else right % across, down % self._rows_apart
+        plane = self.plane(self.starts.index(start), self.phases.index(phase))
+        return plane + (down - phase) // stride * self.plane_cols + (right - start) // across
 
     def operand(self, vector: int) -> int:
         """Offset of a panel's vector from its first, in planes or input."""
@@ -264,18 +272,10 @@ def _bundled(plan: DirectPlan, cpu: Cpu) -> DirectPlan:
 
 def candidates(geometry: ConvGeometry, cpu: Cpu) -> Iterator[DirectPlan]:
     """Plans with panels whose sums stay in registers."""
-    for lanes in _vector_lengths(geometry, cpu):
-        for cols, step in _widths(geometry, lanes, cpu.accumulators):
-            for rows in _heights(geometry, cpu.accumulators * lanes // cols, step):
-                for panels in _PANELS:
-                    yield from _plans(geometry, cpu, DirectPlan(geometry, lanes, panels * rows, cols, 1, panels))
-
-
-def _vector_lengths(geometry: ConvGeometry, cpu: Cpu) -> Iterator[int]:
-    """Also half a line of the cache: of two rows in a line every other tap is not aligned."""
-    yield cpu.lanes
-    if cpu.lanes * _FLOAT == _LINE and geometry.out_width <= cpu.lanes // 2:
-        yield cpu.lanes // 2
+    for cols, step in _widths(geometry, cpu.lanes, cpu.accumulators):
+        for rows in _heights(geometry, cpu.accumulators * cpu.lanes // cols, step):
+            for panels in _PANELS:
+                yield from _plans(geometry, cpu, DirectPlan(geometry, cpu.lanes, panels * rows, cols, 1, panels))
 
 
 def _widths(geometry: ConvGeometry, lanes: int, accumulators: int) -> Iterator[tuple[int, int]]:
@@ -308,6 +308,9 @@ def _plans(geometry: ConvGeometry, cpu: Cpu, plan: DirectPlan) -> Iterator[Direc
         form = replace(plan, shifted=shifted)
         if shifted or (geometry.kernel[1] > 1 and plan.cols >= plan.lanes):
             yield from _channel_blocks(form, cpu, form.channel_size)
+    lifted = replace(plan, lifted=True)
+    if lifted.phases != plan.phases:
+        yield from _channel_blocks(lifted, cpu, lifted.channel_size)
 
 
 def _channel_blocks(plan: DirectPlan, cpu: Cpu, channel_size: int) -> Iterator[DirectPlan]:
@@ -334,7 +337,7 @@ def _nanoseconds(plan: DirectPlan, cpu: Cpu) -> float:
     multiply_add = 0.12 + (0.1 * read + 0.02 * passing) * line**2 + 0.17 * plan.straddling * line
     products = _NONZERO * channels * height * width * plan.panels * (0.15 + multiply_add * plan.panel_vectors)
     # Out to L2 and back between blocks of channels; then to the image, worse if many rows are begun at a time.
-    sums = plan.vectors * line * (0.7 * (plan.visits - 1) + 1.8 + 0.9 * min(1.0, sums_bytes / _MANY_SUMS))
+    sums = plan.vectors * line * (1.0 * (plan.visits - 1) + 1.8 + 0.9 * min(1.0, sums_bytes / _MANY_SUMS))
     packing = 0.0
     if plan.packed:
         elements = plan.plane_cols * (0.95 / _LINE * _FLOAT if geometry.strides[1] <= 2 else 0.095)

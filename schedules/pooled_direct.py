@@ -7,6 +7,7 @@ activates comes behind the pooling, where there is less of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -121,7 +122,7 @@ class PooledResults:
         def largest_row(code: VectorCode, x: tir.PrimExpr) -> tir.PrimExpr:
             return reduce(tir.Max, [code.load(sums, start + tap * plan.cols + x) for tap in taps])
 
-        def largest_column(code: VectorCode, x: tir.PrimExpr, columns: list[tir.PrimExpr]) -> None:
+        def largest_column(code: VectorCode, x: tir.PrimExpr, columns: Sequence[tir.PrimExpr]) -> None:
             value = self.activation.emit(code, reduce(tir.Max, columns))
             code.store(self.result, value, *place, x)
 

@@ -117,7 +117,7 @@ class _Kernel:
         self.ib = tvm.tir.ir_builder.create()
         self.code = VectorCode(self.ib, plan.lanes, features=features)
         self.products = Products(self.code, buffers, plan.together)
-        self.pooled = pool and PooledPlan(plan, pool)
+        self.pooled = None if pool is None else PooledPlan(plan, pool)
 
     def emit(self) -> tir.Stmt:
         if self.pooled is not None:

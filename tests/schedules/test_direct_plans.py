@@ -43,9 +43,10 @@ def random_plan(rng: np.random.Generator, geometry: ConvGeometry, lanes: int) ->
     if pixelwise and cols <= geometry.out_width and rng.random() < 0.7:
         return DirectPlan(geometry, lanes, 1, cols, channels, packed=False)
     panels = int(rng.integers(1, 4))
-    if geometry.out_width <= lanes // 2 and rng.random() < 0.5:
+    if geometry.out_width <= lanes // 2 and rng.random() < 0.8:
         cols = 1 << (geometry.out_width - 1).bit_length()
-        return DirectPlan(geometry, lanes, panels * lanes // cols, cols, channels, panels)
+        lifted = rng.random() < 0.7
+        return DirectPlan(geometry, lanes, panels * lanes // cols, cols, channels, panels, lifted=lifted)
     return DirectPlan(geometry, lanes, panels * int(rng.integers(1, 4)), cols, channels, panels, rng.random() < 0.4)
 
 
@@ -103,7 +104,7 @@ def check_plan(
 @pytest.mark.parametrize(("target", "lanes"), TARGETS, ids=[target for target, _ in TARGETS])
 def test_plans_of_every_form(target: str, lanes: int) -> None:
     rng, kinds, compared = np.random.default_rng(lanes), Counter[str](), 0
-    for i in range(60):
+    for i in range(80):
         geometry = direct_case(rng, large=i % 10 == 0).geometry
         if i % 4 == 0:
             geometry = replace(geometry, kernel=(1, 1), strides=(1, 1), padding=(0, 0, 0, 0), in_height=1 + i % 11)
@@ -114,13 +115,14 @@ def test_plans_of_every_form(target: str, lanes: int) -> None:
         kinds["aligned"] += plan.packed and plan.shifted and geometry.kernel[1] > 1
         kinds["unaligned"] += not plan.shifted and geometry.kernel[1] > 1
         kinds["rows share vectors"] += plan.cols < lanes
+        kinds["more planes for that"] += plan.phases != replace(plan, lifted=False).phases
         kinds["parallel blocks"] += plan.blocks_in_parallel
         kinds["parallel filters"] += plan.in_parts
         kinds["one visit"] += plan.visits == 1
         kinds["every second pixel"] += geometry.strides[1] == 2
         kinds["uneven channels"] += geometry.in_channels % plan.channels != 0
-    assert compared >= 50
-    assert len(kinds) == 10
+    assert compared >= 65
+    assert len(kinds) == 11
     assert min(kinds.values()) >= 4, kinds
 
 
