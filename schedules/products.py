@@ -75,8 +75,9 @@ class Products:
     ) -> None:
         """Of so many non-zeros of each row, from an entry on."""
         code, values, together = self.code, self.weights.values, self.together
-        alone = len(sums[0]) == 1
-        weights = code.splats_behind(values, entry) if alone else lambda floats: code.splat(values[entry + floats])
+        # Several in a pass share an address; with one pass for each the loop's counter is as good.
+        held = self.unrolled > 1
+        weights = code.splats_behind(values, entry) if held else lambda floats: code.splat(values[entry + floats])
         if self.ahead:
             code.fetch(values, entry + self.ahead)
         for number in range(count):
