@@ -22,7 +22,8 @@ from .targets import CodeFeatures
 from .tile_chunks import Chunks
 from .tile_images import ImageEnds, Images, why_not_images
 from .tile_planes import Planes
-from .tiles import CHUNKS
+from .tile_single import Single
+from .tiles import CHUNKS, SINGLE
 from .vector_code import VectorCode, is_far, share_of
 from .winograd_plan import WinogradPlan
 from .winograd_steps import Own, Reader, Store, WinogradSteps, Writer
@@ -62,7 +63,7 @@ def sparse_winograd(
 
 
 class _Images(Protocol):
-    """Some vectors of tiles, wherever their pixels are; see tile_planes.py, tile_chunks.py and tile_images.py."""
+    """Some vectors of tiles, wherever their pixels are: see the modules tile_*.py."""
 
     def reader(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Reader: ...
     def own(self, buffer: tir.Buffer, image: tir.PrimExpr, channel: tir.PrimExpr) -> Own: ...
@@ -225,6 +226,8 @@ class _Kernel:
 
     def _images(self, block: _Block, nchw: bool) -> _Images:
         layout = self.plan.layout
+        if layout.form == SINGLE:
+            return Single(self.code, layout)
         if layout.form != CHUNKS:
             return Planes(self.code, layout, block.first, block.length)
         far = self._is_far(self.geometry.in_channels)

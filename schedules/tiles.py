@@ -5,7 +5,7 @@ neighbouring tiles lie side by side, so that tiles are vector lanes and the tran
 vectors. Pixels of the last tiles beyond the image are zero, and so is everything around it, as far as a filter can
 reach.
 
-There are three forms of it, by how a filter reaches over the left or right edge:
+There are four forms of it, by how a filter reaches over the edge of a tile:
 
 - *shared*: planes one behind the other; rows of tiles follow each other in a plane with one place of zeros between two
   rows, shared by both. A vector may begin at any tile.
@@ -15,16 +15,19 @@ There are three forms of it, by how a filter reaches over the left or right edge
   *chunk*. What a vector reads is in few places in memory and what it writes in one, which matters for images that are
   not in the caches. What lies left or right of it has to be put together of two vectors, and where there is no chunk
   beside it, one of zeros takes its place, the first.
+- *single*: all tiles are lanes of one vector, and nothing else is stored: what lies beside a tile is moved from another
+  lane.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 
 from .geometry import round_up
 
-SHARED, SPREAD, CHUNKS = FORMS = ("shared", "spread", "chunks")
+SHARED, SPREAD, CHUNKS, SINGLE = FORMS = ("shared", "spread", "chunks", "single")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class TileLayout:
     def cols(self) -> int:
         """Places from a row of tiles to the next."""
         across = self.grid[1]
-        return {SHARED: across + 1, SPREAD: across, CHUNKS: round_up(across, self.lanes)}[self.form]
+        filled = {SHARED: across + 1, SPREAD: across, CHUNKS: round_up(across, self.lanes), SINGLE: across}
+        return filled[self.form]
 
     @property
     def columns(self) -> range:
@@ -72,6 +76,8 @@ class TileLayout:
         one's: zeros for both; but where it is spread, pixels beside the image may be kept there (see to_tiles)."""
         if self.form == CHUNKS:
             return self.lanes
+        if self.form == SINGLE:
+            return 0
         return round_up((2 if self.form == SPREAD else 1) * (self.cols + 1), self.lanes)
 
     @property
@@ -117,7 +123,7 @@ class TileLayout:
 
     def locate(self, row: int, col: int) -> int:
         """Where the pixel (row, col) of a tile is, each in [-halo, m + halo), counted from the tile's place; not in
-        chunks."""
+        chunks, nor in a single vector."""
         down = row // self.m * self.cols
         if self.form == SPREAD:
             return self.plane(row % self.m, col) + down
@@ -135,6 +141,8 @@ _MORE_PLANES = 0.75
 def tile_layout(height: int, width: int, m: int, halo: int, lanes: int) -> TileLayout:
     """The layout for images of this size: that with the fewest vectors, or nearly."""
     shared = TileLayout(height, width, m, m, SHARED, lanes)
+    if 1 < math.prod(shared.grid) <= lanes:
+        return replace(shared, form=SINGLE)
     spread, chunks = replace(shared, halo=halo, form=SPREAD), replace(shared, form=CHUNKS)
     if chunks.vectors <= _MORE_VECTORS * min(shared.vectors, spread.vectors):
         return chunks

@@ -14,7 +14,7 @@ from jointsparse.passes.absorb_conversions import AbsorbConversions
 from jointsparse.schedules.attributes import winograd_plan_of
 from jointsparse.schedules.constructors import conv2d_sparse_winograd
 from jointsparse.schedules.geometry import ConvGeometry
-from jointsparse.schedules.tiles import CHUNKS, SHARED, SPREAD
+from jointsparse.schedules.tiles import CHUNKS, SHARED, SINGLE
 from jointsparse.schedules.winograd import transform
 from tests import reference
 from tests.host import AVX512, HASWELL, TARGETS
@@ -29,7 +29,7 @@ IDLE = {
     "all but the last": range(35),
     "all": range(36),
 }
-SIZES = {(10, 12): {SPREAD, SHARED}, (28, 64): {CHUNKS}, (6, 64): {CHUNKS}}
+SIZES = {(10, 12): {SINGLE, SHARED}, (28, 64): {CHUNKS}, (6, 64): {CHUNKS}}
 """Of images: the forms of tiles that they may have, blocks in parallel for one and not for the others."""
 
 

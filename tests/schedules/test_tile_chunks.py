@@ -115,7 +115,7 @@ def kernel(geometry: ConvGeometry, tile: int, target: str) -> tuple[list[NDArray
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("batch", "height", "width", "blocks"),
-    [(1, 3, 61, 1), (1, 7, 125, 2), (1, 21, 61, 3), (2, 9, 64, 4), (2, 41, 61, 12)],
+    [(1, 5, 61, 1), (1, 7, 125, 2), (1, 21, 61, 3), (2, 9, 64, 4), (2, 41, 61, 12)],
 )
 def test_zeros_around_the_image(
     target: str, batch: int, height: int, width: int, blocks: int, use_threads: Callable[[int], None]

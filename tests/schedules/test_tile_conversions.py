@@ -10,7 +10,7 @@ from tvm import te
 from jointsparse.schedules import operators  # noqa: F401  (readies LLVM)
 from jointsparse.schedules.targets import cpu_facts
 from jointsparse.schedules.tile_conversions import from_tiles, to_tiles
-from jointsparse.schedules.tiles import CHUNKS, FORMS, SHARED, SPREAD, TileLayout, tile_layout
+from jointsparse.schedules.tiles import CHUNKS, FORMS, SHARED, SINGLE, SPREAD, TileLayout, tile_layout
 from tests.host import TARGETS
 from tests.schedules.tiled import in_tiles, run
 
@@ -18,6 +18,7 @@ LAYOUTS = {
     SHARED: lambda m, halo, lanes: TileLayout(9, 13, m, m, SHARED, lanes),
     SPREAD: lambda m, halo, lanes: TileLayout(9, 13, m, halo, SPREAD, lanes),
     CHUNKS: lambda m, halo, lanes: TileLayout(9, 13, m, m, CHUNKS, lanes),
+    SINGLE: lambda m, halo, lanes: TileLayout(9, 13, m, m, SINGLE, lanes),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointsparse.schedules.tiles import CHUNKS, FORMS, SHARED, SPREAD, TileLayout, tile_layout
+from jointsparse.schedules.tiles import CHUNKS, FORMS, SHARED, SINGLE, SPREAD, TileLayout, tile_layout
 from tests.schedules.tiled import element
 
 SIZES = st.integers(1, 40)
@@ -19,6 +19,9 @@ MATH = settings(max_examples=150, deadline=None, derandomize=True)
 def layouts(draw: st.DrawFn, forms: tuple[str, ...] = FORMS) -> TileLayout:
     m = draw(st.sampled_from([2, 4]))
     form = draw(st.sampled_from(forms))
+    if form == SINGLE:
+        few = st.integers(1, 4 * m)
+        return TileLayout(draw(few), draw(few), m, m, SINGLE, 16)
     halo = draw(st.integers(1, 2)) if form == SPREAD else m
     return TileLayout(draw(SIZES), draw(SIZES), m, halo, form, draw(st.sampled_from([1, 4, 8, 16])))
 
@@ -173,6 +176,9 @@ def test_the_form_with_the_fewest_vectors_or_nearly(height: int, width: int, m: 
         TileLayout(height, width, m, halo if form == SPREAD else m, form, lanes) for form in (SHARED, SPREAD, CHUNKS)
     )
     least = min(shared.vectors, spread.vectors)
+    if 1 < shared.grid[0] * shared.grid[1] <= lanes:
+        assert layout == replace(shared, form=SINGLE)
+        return
     in_planes = spread if 4 * spread.vectors <= 3 * shared.vectors else shared
     assert layout == (chunks if chunks.vectors <= 1.15 * least else in_planes)
 
@@ -180,10 +186,23 @@ def test_the_form_with_the_fewest_vectors_or_nearly(height: int, width: int, m: 
 def test_examples() -> None:
     assert tile_layout(224, 224, 4, 1, 16).form == CHUNKS
     assert tile_layout(28, 28, 4, 1, 16).form == SHARED
-    assert tile_layout(14, 14, 4, 1, 16).form == SPREAD
+    assert tile_layout(14, 14, 4, 1, 16).form == SINGLE
+    assert tile_layout(14, 14, 4, 1, 8).form == SPREAD
     # Filters of both sizes read these layouts: no conversion between them.
     assert tile_layout(56, 56, 2, 1, 8) == tile_layout(56, 56, 2, 2, 8)
     assert tile_layout(28, 28, 4, 1, 16) == tile_layout(28, 28, 4, 2, 16)
-    narrow = tile_layout(14, 14, 4, 1, 16)
-    assert replace(narrow, form=SHARED, halo=4).vectors == 2
-    assert narrow.vectors == 1
+    assert tile_layout(14, 14, 4, 1, 16) == tile_layout(14, 14, 4, 2, 16)
+    # Nothing but pixels: 14 x 14 of 16 x 16.
+    assert tile_layout(14, 14, 4, 1, 16).length == 16 * 16
+    narrow = tile_layout(14, 14, 4, 1, 8)
+    assert replace(narrow, form=SHARED, halo=4).vectors == 3
+    assert narrow.vectors == 2
+
+
+@MATH
+@given(layouts((SINGLE,)))
+def test_a_single_vector_is_nothing_but_tiles(layout: TileLayout) -> None:
+    assert layout.vectors == 1
+    assert layout.length == layout.planes * layout.lanes
+    pixels = filled(layout)
+    np.testing.assert_array_equal(np.sort(pixels[pixels > 0]), np.arange(1, 1 + layout.height * layout.width))
