@@ -10,7 +10,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relay
 
-from ..schedules.attributes import winograd_plan_of
+from ..schedules.attributes import pooling_of, winograd_plan_of
 from ..schedules.constructors import into_tiles, out_of_tiles
 from ..schedules.epilogues import RELU, Activation
 from ..schedules.operators import DIRECT, DIRECT_ADD, FROM_TILES, WINOGRAD, WINOGRAD_ADD
@@ -73,7 +73,7 @@ class _Rewriter(Rewriter):
         pairs = [(self.open[node], node, other) for node, other in _either_way(call, "add") if node in self.open]
         # Winograd first: its result stays in tiles, and is likely to be read there.
         for convolution, node, other in sorted(pairs, key=lambda pair: not is_call(pair[0], WINOGRAD)):
-            if not is_call(convolution, *_ADDING) or node.checked_type != other.checked_type:
+            if not is_call(convolution, *_ADDING) or node.checked_type != other.checked_type or _pools(convolution):
                 continue
             residual = self.value(other)
             if is_call(convolution, WINOGRAD) and not unpack(ImageEnds, convolution.attrs).nchw_result:
@@ -99,6 +99,11 @@ def activation_of(call: relay.Call) -> Activation | None:
     if is_call(call, "nn.leaky_relu"):
         return Activation("leaky_relu", float(call.attrs.alpha))
     return None
+
+
+def _pools(convolution: relay.Call) -> bool:
+    """Whether this pools, before which a residual would be added."""
+    return is_call(convolution, DIRECT) and pooling_of(convolution.attrs) is not None
 
 
 def _result(convolution: relay.Call) -> relay.Expr:

@@ -56,8 +56,8 @@ def pack_direct(weight: NDArray[np.floating], plan: DirectPlan) -> BundledRows:
     These are the padded image, as in SkimCaffe (Park et al., "Faster CNNs with direct sparse convolutions and guided
     pruning", ICLR 2017), so stride, dilation, padding and groups cost nothing in the kernel. Where nothing is packed,
     it is a channel of the block. What fills a row up points where the row points anyway: zero times an infinity
-    elsewhere would be felt. Therefore rows without weights do not share a bundle with others; a bundle with too few
-    rows has its last one repeatedly, which are computed alike.
+    elsewhere would be felt. Therefore rows without weights do not share a bundle with others. A bundle with too few
+    rows has its last one again: the same thread stores the same sums twice.
 
     Args:
         weight: (K, C / groups, kh, kw).

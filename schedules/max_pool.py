@@ -14,7 +14,7 @@ from .row_windows import RowWindows
 from .vector_code import VectorCode
 
 LOWEST = float(tir.min_value("float32").value)
-"""Of float32."""
+"""What stands for a pixel beside the image."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class PoolGeometry:
     strides: tuple[int, int]
     padding: tuple[int, int]
     out: tuple[int, int]
+
+    def has_empty_windows(self, size: tuple[int, int]) -> bool:
+        """Whether some window has no pixel of an image of this size (height, width)."""
+        each = zip(self.pool, self.strides, self.padding, self.out, size, strict=True)
+        return any(pool <= before or (out - 1) * stride - before >= end for pool, stride, before, out, end in each)
 
 
 def max_pool2d(data: te.Tensor, geometry: PoolGeometry, lanes: int) -> te.Tensor:

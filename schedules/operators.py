@@ -2,6 +2,7 @@
 
 ``jointsparse.conv2d_sparse_direct`` takes data, four constants (values, indices, indptr, filters: BundledRows of
 formats.py) and a bias, in its form ``..._add`` a residual as well, which it adds before it activates; NCHW, float32.
+Without a residual it may take the maximum over windows before it activates (pooled_direct.py).
 ``jointsparse.conv2d_sparse_winograd`` does the same with images in tile layout, into and out of which
 ``jointsparse.to_tiles`` and ``jointsparse.from_tiles`` bring them, or with images NCHW (see tile_images.py).
 ``jointsparse.dense_sparse`` is otherwise like ``nn.dense``: what may follow it is fused into it.
@@ -99,9 +100,9 @@ def _image_shape(attrs: tvm.ir.Attrs, data: Sequence[int]) -> Sequence[int]:
 
 
 _WEIGHTS = {
-    "values": "non-zeros, row after row",
+    "values": "non-zeros, row after row or bundle after bundle",
     "indices": "where the operand of each non-zero lies",
-    "indptr": "start of each row",
+    "indptr": "start of each row or bundle",
 }
 _CONVOLUTION = {"data": "input", **_WEIGHTS, "filters": "filter of each row", "bias": "of each filter"}
 _RESIDUAL = {"residual": "of the shape of the result"}

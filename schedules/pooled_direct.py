@@ -65,11 +65,19 @@ class PooledPlan:
 
 def why_not_pooled(plan: DirectPlan, pool: PoolGeometry, activation: Activation) -> str | None:
     """Why a convolution by this plan cannot pool its result, or None if it can; where it would not gain, it cannot."""
-    pooled = PooledPlan(plan, pool)
+    pooled, (height, width) = PooledPlan(plan, pool), plan.geometry.out_shape[2:]
     if activation.activation == "leaky_relu" and activation.low < 0:
         return "an activation that falls cannot follow the maximum"
-    if plan.blocks[1] > 1 or plan.together > 1 or plan.rows % pool.strides[0]:
+    if pool.has_empty_windows((height, width)):
+        return "of a window without a pixel it would activate what stands for none"
+    if height == 1:
+        return "its image is one row, or is counted through as one"
+    if plan.blocks[1] > 1 or plan.rows % pool.strides[0]:
         return "its blocks are not whole windows"
+    if plan.cols % plan.lanes:
+        return "its rows are not whole vectors"
+    if plan.together > 1:
+        return "a filter that is in a bundle twice would keep its rows twice"
     if not 0 <= pooled.kept <= plan.rows:
         return "windows reach beyond the block above"
     if not plan.blocks_in_parallel or pooled.blocks < _BLOCKS_OF_CHUNK * PARALLEL_BLOCKS:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from tvm import tir
 
@@ -61,7 +60,7 @@ class Products:
         count = code.let(self.weights.indptr[bundle + 1] - begin)
         # In 64 bits, so that what is added to it becomes part of an address.
         first = code.let(tir.Cast("int64", begin * together))
-        step = max(1, min(self.unrolled, _MULTIPLY_ADDS // len(list(chain(*sums)))))
+        step = max(1, min(self.unrolled, _MULTIPLY_ADDS // sum(map(len, sums))))
         passes = code.let(count // step)
         with code.loop(passes, "pass") as number:
             self._add(sums, code.let(first + tir.Cast("int64", number) * (step * together)), step, operands)

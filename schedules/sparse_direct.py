@@ -49,7 +49,12 @@ def sparse_direct(
 
     Returns:
         (N, K, output height, output width).
+
+    Raises:
+        ValueError: for a residual of what is pooled.
     """
+    if pool is not None and arguments.residual is not None:
+        raise ValueError("a convolution that pools its result cannot add a residual before")
     return convolution(
         "direct", shape, arguments, lambda buffers: _Kernel(buffers, plan, activation, features, pool).emit()
     )
@@ -214,7 +219,7 @@ class _Kernel:
         if work.planes is not None:
             first = channels * plan.channels
             self._pack(work.block, first, part_of(plan.channels, geometry.in_channels, first), work.planes)
-        self._add_products(work, channels, tir.const(0, "int32"))
+        self._add_products(work, channels, _ZERO)
 
     def _pack(self, block: _Block, first: tir.PrimExpr, count: tir.PrimExpr, planes: _Planes) -> None:
         """Fill planes with channels."""

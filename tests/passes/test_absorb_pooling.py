@@ -87,3 +87,24 @@ def test_pooling_stays_where_nothing_is_gained(x: relay.Var) -> None:
     y = conv2d_sparse_direct(small, WEIGHT, geometry, LLVM)
     mod = with_epilogues(small, max_pool2d(y, shape, PoolGeometry((3, 3), (2, 2), (1, 1), (12, 6))))
     assert is_separate(AbsorbPooling()(mod))
+
+
+def test_an_image_counted_through_is_not_pooled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1x1 convolutions see it as one row."""
+    monkeypatch.setattr("jointsparse.schedules.pooled_direct._BLOCKS_OF_CHUNK", 0)
+    geometry = ConvGeometry(4, 4, 40, 4, 8, (1, 1))
+    weight = np.random.default_rng(0).standard_normal(geometry.weight_shape).astype(np.float32)
+    x = relay.var("x", shape=(4, 4, 40, 4))
+    pool = PoolGeometry((2, 2), (1, 1), (0, 0), (39, 3))
+    mod = with_epilogues(x, max_pool2d(conv2d_sparse_direct(x, weight, geometry, LLVM), geometry.out_shape, pool))
+    assert is_separate(AbsorbPooling()(mod))
+
+
+def test_no_residual_is_absorbed_behind_a_pooling(x: relay.Var, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes may run again on their result."""
+    monkeypatch.setattr("jointsparse.schedules.pooled_direct._BLOCKS_OF_CHUNK", 1)
+    other = relay.var("other", shape=(1, 3, *POOL.out))
+    body = relay.add(max_pool2d(convolved(x), GEOMETRY.out_shape, POOL), other)
+    mod = AbsorbPooling()(AbsorbEpilogues()(tvm.IRModule.from_expr(relay.Function([x, other], body))))
+    assert not is_separate(mod)
+    assert "conv2d_sparse_direct_add" not in AbsorbEpilogues()(mod).astext()
