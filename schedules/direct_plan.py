@@ -44,8 +44,8 @@ class DirectPlan:
     """All that the kernel is made from, weights apart.
 
     What the filters read of a channel is packed into *planes*: one for every row of the filter modulo the stride (more
-    if lifted), and the same for columns, so that what neighbouring outputs read lies side by side. A filter tap is then an
-    offset into the planes, counted through all channels of a block. A 1x1 filter may read the input as it is.
+    if lifted), and the same for columns, so that what neighbouring outputs read lies side by side. A filter tap is then
+    an offset into the planes, counted through all channels of a block. A 1x1 filter may read the input as it is.
 
     Attributes:
         geometry: of the convolution; of one with 1x1 filters that reads every pixel, with all pixels in one row.

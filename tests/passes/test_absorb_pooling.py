@@ -10,6 +10,7 @@ from tvm.contrib import graph_executor
 
 from jointsparse.passes.absorb_epilogues import AbsorbEpilogues
 from jointsparse.passes.absorb_pooling import AbsorbPooling
+from jointsparse.passes.pipeline import sparsify
 from jointsparse.schedules.constructors import conv2d_sparse_direct, max_pool2d
 from jointsparse.schedules.geometry import ConvGeometry
 from jointsparse.schedules.max_pool import PoolGeometry
@@ -108,3 +109,16 @@ def test_no_residual_is_absorbed_behind_a_pooling(x: relay.Var, monkeypatch: pyt
     mod = AbsorbPooling()(AbsorbEpilogues()(tvm.IRModule.from_expr(relay.Function([x, other], body))))
     assert not is_separate(mod)
     assert "conv2d_sparse_direct_add" not in AbsorbEpilogues()(mod).astext()
+
+
+def test_the_stem_of_a_resnet_takes_on_its_pooling() -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 3, 7, 7)).astype(np.float32)
+    weight[np.random.default_rng(1).random(weight.shape) < 0.8] = 0
+    x = relay.var("x", shape=(1, 3, 224, 224))
+    y = relay.nn.relu(relay.nn.conv2d(x, relay.const(weight), strides=(2, 2), padding=(3, 3), kernel_size=(7, 7)))
+    y = relay.nn.max_pool2d(y, (3, 3), (2, 2), padding=(1, 1))
+    mod, _, _ = sparsify(tvm.IRModule.from_expr(y), target="llvm -mcpu=skylake-avx512", domain="spatial")
+    text = mod.astext()
+    assert "jointsparse.conv2d_sparse_direct" in text
+    assert "max_pool2d" not in text
+    assert tuple(mod["main"].ret_type.shape) == (1, 64, 56, 56)

@@ -18,7 +18,7 @@ LAYOUTS = {
     SHARED: lambda m, halo, lanes: TileLayout(9, 13, m, m, SHARED, lanes),
     SPREAD: lambda m, halo, lanes: TileLayout(9, 13, m, halo, SPREAD, lanes),
     CHUNKS: lambda m, halo, lanes: TileLayout(9, 13, m, m, CHUNKS, lanes),
-    SINGLE: lambda m, halo, lanes: TileLayout(9, 13, m, m, SINGLE, lanes),
+    SINGLE: lambda m, halo, lanes: TileLayout(9, 13, m, m, SINGLE, 64),
 }
 
 
@@ -47,7 +47,8 @@ def test_into_tiles_and_back(kind: str, lanes: int, m: int, halo: int) -> None:
 @pytest.mark.parametrize("width", [2, 4, 16, 17, 34])
 @pytest.mark.parametrize("form", FORMS)
 def test_sizes(height: int, width: int, form: str) -> None:
-    layout, data = TileLayout(height, width, 4, 1 if form == SPREAD else 4, form, 4), images(1, 2, height, width)
+    lanes = 32 if form == SINGLE else 4
+    layout, data = TileLayout(height, width, 4, 1 if form == SPREAD else 4, form, lanes), images(1, 2, height, width)
     tiles = convert(data, layout)
     np.testing.assert_array_equal(tiles, in_tiles(data, layout))
     source = te.placeholder(tiles.shape, name="tiles")
