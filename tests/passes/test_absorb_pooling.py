@@ -117,7 +117,7 @@ def test_the_stem_of_a_resnet_takes_on_its_pooling() -> None:
     x = relay.var("x", shape=(1, 3, 224, 224))
     y = relay.nn.relu(relay.nn.conv2d(x, relay.const(weight), strides=(2, 2), padding=(3, 3), kernel_size=(7, 7)))
     y = relay.nn.max_pool2d(y, (3, 3), (2, 2), padding=(1, 1))
-    mod, _, _ = sparsify(tvm.IRModule.from_expr(y), target="llvm -mcpu=skylake-avx512", domain="spatial")
+    mod, _, _ = sparsify(tvm.IRModule.from_expr(y), {}, "llvm -mcpu=skylake-avx512", domain="spatial")
     text = mod.astext()
     assert "jointsparse.conv2d_sparse_direct" in text
     assert "max_pool2d" not in text
