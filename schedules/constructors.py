@@ -53,8 +53,7 @@ def conv2d_sparse_direct(
     plan = direct_plan(geometry, cpu_facts(target))
     rows = pack_direct(weight, plan)
     bias = relay.const(np.zeros(geometry.out_channels, np.float32))
-    arguments = [data, *_constants(rows), relay.const(rows.filters), bias]
-    return call(DIRECT, arguments, **direct_attributes(geometry, plan))
+    return call(DIRECT, [data, *_constants(rows), bias], **direct_attributes(geometry, plan))
 
 
 def conv2d_sparse_winograd(
@@ -88,8 +87,7 @@ def conv2d_sparse_winograd(
     shape = (geometry.batch, geometry.in_channels, geometry.in_height, geometry.in_width)
     tiles = into_tiles(data, shape, plan.layout, plan.offset)
     bias = relay.const(np.zeros(geometry.out_channels, np.float32))
-    arguments = [tiles, *_constants(rows), relay.const(rows.filters), bias]
-    return out_of_tiles(call(WINOGRAD, arguments, **winograd_attributes(plan)), plan.layout)
+    return out_of_tiles(call(WINOGRAD, [tiles, *_constants(rows), bias], **winograd_attributes(plan)), plan.layout)
 
 
 def dense_sparse(
@@ -180,7 +178,8 @@ def _refuse(reason: str | None) -> None:
 
 
 def _constants(rows: SparseRows | BundledRows) -> list[relay.Expr]:
-    return [relay.const(array) for array in (rows.values, rows.indices, rows.indptr)]
+    filters = [rows.filters] if isinstance(rows, BundledRows) else []
+    return [relay.const(array) for array in (rows.values, rows.indices, rows.indptr, *filters)]
 
 
 def _dense_plan(batch: int, inputs: int, outputs: int, target: tvm.target.Target | str | None) -> DensePlan:
